@@ -1,0 +1,151 @@
+"""Image data sets in memory: as stored (uint8) and as the models take them (normalised float32)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
+Indices = IntArray | Tensor | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images and their labels, on one device.
+
+    Attributes
+    ----------
+    x : Tensor, (N, C, H, W) float32
+        Normalised images.
+    y : Tensor, (N,) int64
+        Labels from 0.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, indices: Indices) -> Samples:
+        """Return a copy of the samples at ``indices`` (n,), in that order, on the same device."""
+        at = torch.as_tensor(indices, dtype=torch.int64, device=self.x.device)
+        return Samples(self.x[at], self.y[at])
+
+    def to(self, device: torch.device | str) -> Samples:
+        """Return the samples on ``device``; nothing is copied when they are there already."""
+        return Samples(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """A whole data set, normalised.
+
+    Attributes
+    ----------
+    name : str
+        Name of the source.
+    train, test : Samples
+        The official parts; ``test`` is empty where the source has no official split.
+    num_classes : int
+        Number of classes.
+    class_names : tuple of str
+        One name per class.
+    mean, std : tuple of float
+        The normalisation applied, one value per channel, of pixels scaled to [0, 1].
+    """
+
+    name: str
+    train: Samples
+    test: Samples
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a sample."""
+        return _three(tuple(self.train.x.shape[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class RawDataSet:
+    """A data set as its file has it; only the samples that are asked for become float32.
+
+    Attributes
+    ----------
+    name : str
+        Name of the source.
+    x_train, x_test : uint8 array, (N, H, W) or (N, H, W, C)
+        Images.
+    y_train, y_test : int64 array, (N,)
+        Labels from 0.
+    class_names : tuple of str
+        One name per class.
+    mean, std : tuple of float
+        Normalisation, one value per channel, of pixels divided by ``scale``.
+    scale : float
+        The pixel value that stands for 1.
+    held_out : int
+        For a source without an official split (``x_test`` empty): how many samples of ``x_train`` are
+        kept for testing.
+    """
+
+    name: str
+    x_train: ByteArray
+    y_train: IntArray
+    x_test: ByteArray
+    y_test: IntArray
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 255.0
+    held_out: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a sample."""
+        height, width, *channels = self.x_train.shape[1:]
+        return _three((*(channels or [1]), height, width))
+
+    def train(self, indices: IntArray | None = None) -> Samples:
+        """Return the training samples at ``indices`` (n,), or all of them, normalised."""
+        return self._samples(self.x_train, self.y_train, indices)
+
+    def test(self, indices: IntArray | None = None) -> Samples:
+        """Return the test samples at ``indices`` (n,), or all of them, normalised."""
+        return self._samples(self.x_test, self.y_test, indices)
+
+    def normalised(self) -> DataSet:
+        """Return the whole set as float32."""
+        return DataSet(
+            self.name, self.train(), self.test(), self.num_classes, self.class_names, self.mean, self.std
+        )
+
+    def _samples(self, x: ByteArray, y: IntArray, indices: IntArray | None) -> Samples:
+        if indices is not None:
+            x, y = x[indices], y[indices]
+        pixels = torch.from_numpy(x)
+        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        # A new tensor even where x is the whole stored array: the in-place steps below must not reach it.
+        values = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels)
+        mean, std = (torch.tensor(constants).view(-1, 1, 1) for constants in (self.mean, self.std))
+        values.div_(self.scale).sub_(mean).div_(std)
+        return Samples(values, torch.from_numpy(np.array(y, dtype=np.int64)))
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    channels, height, width = shape
+    return channels, height, width

@@ -1,0 +1,100 @@
+"""Where the inputs of a distillation come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedstill.data.dataset import Samples
+from fedstill.models import ConditionalGenerator, initial_weights
+from fedstill.rng import torch_stream
+
+InputKind = Literal["generator", "noise", "real"]
+
+
+class Draws(Protocol):
+    """The random draws of one refinement."""
+
+    def labels(self, iteration: int) -> Tensor:
+        """Return the labels of an iteration, int64 (batch,)."""
+
+    def noise(self, iteration: int, step: int) -> Tensor:
+        """Return standard normal noise for the ``step``-th draw of an iteration, (batch, noise_dim)."""
+
+
+@dataclass(frozen=True)
+class StreamDraws:
+    """Labels drawn before, noise from a stream of its own."""
+
+    all_labels: Tensor
+    generator: torch.Generator
+    noise_dim: int
+
+    def labels(self, iteration: int) -> Tensor:
+        """Return one row of the labels."""
+        return self.all_labels[iteration]
+
+    def noise(self, iteration: int, step: int) -> Tensor:
+        """Return the next draw."""
+        shape = (self.all_labels.shape[1], self.noise_dim)
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+
+class Inputs(Protocol):
+    """Gives the batches on which the student learns."""
+
+    def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and their labels; without gradient."""
+
+
+@dataclass(frozen=True)
+class GeneratedInputs:
+    """A conditional generator's samples, in eval mode (running statistics) or in train mode."""
+
+    generator: ConditionalGenerator
+    train_mode: bool
+
+    def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``G(z, y)`` and y."""
+        self.generator.train(self.train_mode)
+        with torch.no_grad():
+            return self.generator(noise, labels), labels
+
+
+@dataclass(frozen=True)
+class NoiseInputs:
+    """Standard normal noise in the normalised input space: the control without which no generator is judged."""
+
+    shape: tuple[int, ...]
+    stream: torch.Generator
+
+    def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return noise, whatever the label."""
+        shape = (len(labels), *self.shape)
+        return torch.randn(shape, generator=self.stream, device=labels.device), labels
+
+
+@dataclass(frozen=True)
+class RealInputs:
+    """The cohort's own data with their own labels: the oracle, in simulation only."""
+
+    samples: Samples
+    stream: torch.Generator
+
+    def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples drawn with replacement; the labels given are not used."""
+        chosen = torch.randint(len(self.samples), (len(labels),), generator=self.stream, device=self.samples.y.device)
+        return self.samples.x[chosen], self.samples.y[chosen]
+
+
+def initial_generator(
+    seed: int, noise_dim: int, num_classes: int, shape: Sequence[int], device: torch.device
+) -> ConditionalGenerator:
+    """Return a new generator whose weights come from the stream ``generator`` of ``seed``."""
+    with initial_weights(torch_stream(seed, "generator", "initial-weights")):
+        made = ConditionalGenerator(noise_dim, num_classes, (int(shape[0]), int(shape[1]), int(shape[2])))
+    return made.to(device)

@@ -1,0 +1,59 @@
+"""FedAvg: local SGD and the sample-weighted average.
+
+Method card
+-----------
+Paper
+    McMahan, Moore, Ramage, Hampson, Agüera y Arcas, "Communication-Efficient Learning of Deep Networks
+    from Decentralized Data", AISTATS 2017.
+Client
+    ``w <- w - eta_t * (clip(grad CE) + lambda * w)`` for E epochs from the broadcast model.
+Server
+    ``w_{t+1} = sum_k n_k w_k / sum_k n_k`` over the cohort. Integer buffers are truncated.
+Travels
+    Down w, up w. With ``fusion.head = "class-weighted"`` also the M label counts, once.
+Defaults
+    Those of the FedFTG paper's experiments (clip 10, weight decay 1e-3 after the clip, lr 0.1 * 0.998^t).
+Class-weighted head
+    ``fusion.head = "class-weighted"`` is not McMahan's: row c of the last layer is averaged with the clients'
+    shares of class c. Its pieces are known: HeteroFL (ICLR 2021) averages output rows over the clients that
+    hold the class, FedNH (AAAI 2023) moves head rows by count-weighted class means, cwFedAvg (ICCV 2025)
+    averages heads per class for personalised models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedstill.methods.averaging import FusionSettings, merge
+from fedstill.methods.base import FederationInfo, LocalObjective, ServerState, Upload
+from fedstill.payload import Payload, model_payload
+from fedstill.weights import Weights
+
+
+class FedAvgObjective(LocalObjective):
+    """Cross-entropy by SGD, nothing kept, the model uploaded."""
+
+
+@dataclass(frozen=True)
+class FedAvgFusion:
+    """The weighted average, without any state of its own."""
+
+    settings: FusionSettings = field(default_factory=FusionSettings)
+
+    @property
+    def needs_label_counts(self) -> bool:
+        """True for the class-weighted head."""
+        return self.settings.head == "class-weighted"
+
+    def start(self, weights: Weights, info: FederationInfo) -> ServerState:
+        """Return the initial model."""
+        return ServerState(weights)
+
+    def broadcast(self, server: ServerState, client: int, info: FederationInfo) -> Payload:
+        """Send the global model."""
+        return model_payload(server.weights)
+
+    def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
+        """Return ``sum_k n_k w_k / sum_k n_k``."""
+        return ServerState(merge(uploads, self.settings.client_weights, self.settings.head, server.weights, info))

@@ -1,0 +1,129 @@
+"""Small convolutional networks."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from torch import nn
+
+from fedstill.errors import InputError
+from fedstill.models.layers import Backbone, Norm, check_norm, image_shape, make_norm
+
+
+def small_cnn(
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    norm: Norm = "gn",
+    norm_groups: int | None = None,
+    width: int = 32,
+) -> Backbone:
+    """Return a CNN that trains quickly on a CPU.
+
+    Blocks of conv3x3 - norm - ReLU - maxpool2 and one hidden fully connected layer: two blocks (``width``,
+    2 ``width``) and 64 features below 16x16, three (``width``, 2 ``width``, 2 ``width``) and 128 features
+    from 16x16 on. Convolutions have a bias only without normalisation.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, H, W), at least 8x8.
+    num_classes : int
+        Number of logits.
+    norm : {"gn", "bn", "none"}
+        Normalisation after each convolution, by default "gn".
+    norm_groups : int, optional
+        Groups of "gn"; by default the largest common divisor of 8 and ``width``.
+    width : int
+        Channels of the first block, by default 32.
+
+    Raises
+    ------
+    InputError
+        The input does not fit, or ``norm_groups`` does not divide ``width``.
+    """
+    check_norm("cnn", norm, norm_groups, ("gn", "bn", "none"))
+    if width < 1:
+        raise InputError(f"model.width: must be at least 1, not {width}")
+    channels, height, breadth = image_shape("cnn", input_shape, smallest=8)
+    groups = gcd(8, width) if norm_groups is None else norm_groups
+    large = min(height, breadth) >= 16
+    layers: list[nn.Module] = []
+    for out in (width, 2 * width, 2 * width) if large else (width, 2 * width):
+        layers += [
+            nn.Conv2d(channels, out, 3, padding=1, bias=norm == "none"),
+            make_norm(norm, out, groups),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+        channels, height, breadth = out, height // 2, breadth // 2
+    features = 128 if large else 64
+    layers += [nn.Flatten(), nn.Linear(channels * height * breadth, features), nn.ReLU()]
+    return Backbone(nn.Sequential(*layers), features, num_classes)
+
+
+def feddyn_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
+    """Return FedDyn's CNN: two unpadded conv5x5(64) with pooling, then 384 and 192 hidden units.
+
+    797,962 parameters on (3, 32, 32) with 10 classes. It has no normalisation.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, H, W), at least 16x16.
+    num_classes : int
+        Number of logits.
+
+    Raises
+    ------
+    InputError
+        The input does not fit.
+    """
+    channels, height, width = image_shape("feddyn-cnn", input_shape, smallest=16)
+    flat = 64 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
+    body = nn.Sequential(
+        nn.Conv2d(channels, 64, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(flat, 384),
+        nn.ReLU(),
+        nn.Linear(384, 192),
+        nn.ReLU(),
+    )
+    return Backbone(body, 192, num_classes)
+
+
+def mcmahan_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
+    """Return the CNN of the FedAvg paper: padded conv5x5 of 32 and 64 channels with pooling, 512 units.
+
+    1,663,370 parameters on (1, 28, 28) with 10 classes. It has no normalisation.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, H, W), at least 4x4.
+    num_classes : int
+        Number of logits.
+
+    Raises
+    ------
+    InputError
+        The input does not fit.
+    """
+    channels, height, width = image_shape("mcmahan-cnn", input_shape, smallest=4)
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), 512),
+        nn.ReLU(),
+    )
+    return Backbone(body, 512, num_classes)

@@ -1,0 +1,126 @@
+"""What travels between server and clients: named tensors of a declared kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedstill.errors import InputError
+from fedstill.weights import Tensors, Weights
+
+
+class Kind(StrEnum):
+    """What a tensor in a payload is; traffic is counted by kind."""
+
+    WEIGHTS = "weights"
+    BUFFERS = "buffers"
+    CONTROL_VARIATE = "control-variate"
+    REFERENCE = "reference-weights"
+    LOGITS = "logits"
+    LABEL_COUNTS = "label-counts"
+    GENERATOR = "generator"
+    SCALARS = "scalars"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Named tensors by kind; one message down to a client or up from it."""
+
+    parts: Mapping[Kind, Tensors] = field(default_factory=dict)
+
+    def __getitem__(self, kind: Kind) -> Tensors:
+        return self.parts[kind]
+
+    def __contains__(self, kind: Kind) -> bool:
+        return kind in self.parts
+
+    def scalar(self, name: str) -> float:
+        """Return one number of the kind ``scalars``."""
+        return float(self.parts[Kind.SCALARS][name])
+
+    def also(self, kind: Kind, tensors: Tensors) -> Payload:
+        """Return this payload with ``tensors`` of ``kind`` added."""
+        return Payload({**self.parts, kind: {**self.parts.get(kind, {}), **tensors}})
+
+    def weights(self) -> Weights:
+        """Return the model in this payload."""
+        return Weights(self.parts[Kind.WEIGHTS], self.parts.get(Kind.BUFFERS, {}))
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Return the size of the tensors in bytes, by kind."""
+        return {
+            kind.value: sum(value.numel() * value.element_size() for value in tensors.values())
+            for kind, tensors in self.parts.items()
+        }
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors; names are ``kind/name``."""
+        flat = {
+            f"{kind.value}/{name}": value.detach().cpu().contiguous()
+            for kind, tensors in self.parts.items()
+            for name, value in tensors.items()
+        }
+        return save(flat)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Payload:
+        """Read what :meth:`to_bytes` wrote.
+
+        Raises
+        ------
+        InputError
+            If the bytes are not safetensors or name an unknown kind.
+        """
+        try:
+            flat = load(data)
+        except SafetensorError as error:
+            raise InputError(f"payload is not a safetensors message: {error}") from error
+        parts: dict[Kind, Tensors] = {}
+        for key, value in flat.items():
+            kind, _, name = key.partition("/")
+            if kind not in set(Kind):
+                raise InputError(f"payload holds a tensor of unknown kind {kind!r}")
+            parts.setdefault(Kind(kind), {})[name] = value
+        return Payload(parts)
+
+
+def model_payload(weights: Weights) -> Payload:
+    """Return a payload with a model's parameters and, where there are any, its buffers."""
+    payload = Payload({Kind.WEIGHTS: weights.params})
+    return payload.also(Kind.BUFFERS, weights.buffers) if weights.buffers else payload
+
+
+def scalars(**values: float) -> Tensors:
+    """Return numbers as float64 tensors of no dimension."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def problem_with(payload: Payload, like: Weights) -> str | None:
+    """Say what is wrong with the model in an upload, or None: names, shapes, dtypes, finite values."""
+    if Kind.WEIGHTS not in payload:
+        return "it holds no weights"
+    got = payload.weights()
+    for kind, have, want in (("weights", got.params, like.params), ("buffers", got.buffers, like.buffers)):
+        if missing := sorted(want.keys() - have.keys()):
+            return f"{kind} lack {missing[0]!r}"
+        if extra := sorted(have.keys() - want.keys()):
+            return f"{kind} have an unknown tensor {extra[0]!r}"
+        for name, value in have.items():
+            if value.shape != want[name].shape or value.dtype != want[name].dtype:
+                return f"{name!r} is {describe(value)}, expected {describe(want[name])}"
+    for kind_, tensors in payload.parts.items():
+        for name, value in tensors.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return f"{kind_.value} {name!r} is not finite"
+    return None
+
+
+def describe(value: Tensor) -> str:
+    """Return dtype and shape in words."""
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

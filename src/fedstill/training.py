@@ -1,0 +1,163 @@
+"""The one local SGD loop that every method's clients run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedstill.data.augment import augment
+from fedstill.models.stateless import Stateless
+from fedstill.weights import State, Weights
+
+if TYPE_CHECKING:
+    from fedstill.methods.base import LocalObjective
+
+CLIP_EPSILON = 1e-6
+"""Added to the gradient norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain SGD with the order of the FedDyn and FedFTG code: clip, then weight decay, then momentum.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate of this round, eta_t.
+    momentum, weight_decay : float
+        0 switches them off. Weight decay is added after the clip and is not clipped.
+    clip_norm : float or None
+        Largest global norm of the gradient over all parameters.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """Return the clipped gradients and their global norm before the clip."""
+        if self.clip_norm is None:
+            return grads, None
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        factor = torch.clamp(self.clip_norm / (norm + CLIP_EPSILON), max=1.0)
+        return list(torch._foreach_mul(grads, factor)), norm
+
+    @torch.no_grad()
+    def update(self, params: list[Tensor], grads: list[Tensor], velocity: list[Tensor]) -> list[Tensor]:
+        """Step ``params`` in place and return the new velocity (empty without momentum)."""
+        if self.weight_decay:
+            grads = list(torch._foreach_add(grads, params, alpha=self.weight_decay))
+        if self.momentum:
+            if velocity:
+                torch._foreach_mul_(velocity, self.momentum)
+                torch._foreach_add_(velocity, grads)
+            else:
+                velocity = [grad.clone() for grad in grads]
+            grads = velocity
+        torch._foreach_add_(params, grads, alpha=-self.lr)
+        return velocity
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training gave: the new weights, the steps taken, the mean loss, the loss of each step."""
+
+    weights: Weights
+    steps: int
+    losses: Tensor
+    grad_norms: Tensor | None
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over the steps."""
+        return float(self.losses.mean()) if len(self.losses) else math.nan
+
+
+def step_count(samples: int, batch_size: int, epochs: int, steps: int | None) -> int:
+    """Return how many SGD steps ``epochs`` over ``samples`` take, or ``steps`` where that is given."""
+    return steps if steps is not None else epochs * math.ceil(samples / batch_size)
+
+
+def batches(samples: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield ``steps`` index batches: a new shuffle each epoch, the last smaller batch of an epoch kept."""
+    done = 0
+    while done < steps:
+        for batch in torch.split(torch.randperm(samples, generator=generator), batch_size):
+            if done == steps:
+                return
+            done += 1
+            yield batch
+
+
+def train_locally(
+    model: Stateless,
+    objective: LocalObjective,
+    start: Weights,
+    extras: State,
+    x: Tensor,
+    y: Tensor,
+    order: Iterable[Tensor],
+    sgd: SGD,
+    *,
+    augmentation: str = "none",
+    generator: torch.Generator | None = None,
+) -> Trained:
+    """Run SGD on one client's data.
+
+    Parameters
+    ----------
+    model : Stateless
+        The architecture.
+    objective : LocalObjective
+        Its ``loss`` is differentiated, its ``adjust`` corrects the gradient inside the clip.
+    start : Weights
+        Where training starts; not changed.
+    extras : dict
+        What ``objective.prepare`` returned.
+    x, y : Tensor
+        The client's samples (n, ...) and labels (n,), on the device.
+    order : iterable of Tensor
+        The index batch of each step.
+    sgd : SGD
+        Step size, clip, weight decay, momentum.
+    augmentation : str
+        Name of the augmentation.
+    generator : torch.Generator, optional
+        Its random stream, on the device; without one nothing is augmented.
+
+    Returns
+    -------
+    Trained
+    """
+    names = list(start.params)
+    params = {name: value.detach().clone().requires_grad_() for name, value in start.params.items()}
+    buffers = {name: value.detach().clone() for name, value in start.buffers.items()}
+    leaves = [params[name] for name in names]
+    velocity: list[Tensor] = []
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    for batch in order:
+        inputs = x[batch] if generator is None else augment(x[batch], augmentation, generator)
+        loss = objective.loss(model, params, buffers, inputs, y[batch], extras)
+        grads = gradients(loss, leaves)
+        with torch.no_grad():
+            grads = objective.adjust(grads, params, extras)
+        grads, norm = sgd.clip(grads)
+        velocity = sgd.update(leaves, grads, velocity)
+        losses.append(loss.detach())
+        if norm is not None:
+            norms.append(norm)
+    weights = Weights({name: value.detach() for name, value in params.items()}, buffers)
+    stacked = torch.stack(losses) if losses else torch.zeros(0)
+    return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None)
+
+
+def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return d loss / d leaves; a leaf the loss does not reach gets zeros."""
+    return list(torch.autograd.grad(loss, leaves, materialize_grads=True))

@@ -1,0 +1,70 @@
+"""A model's state as plain tensors, and the one weighted average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+State = dict[str, Tensors]
+"""State that a method keeps between rounds: group -> name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one model: trainable ``params`` and ``buffers`` (BatchNorm statistics), by name."""
+
+    params: Tensors
+    buffers: Tensors
+
+    def clone(self) -> Weights:
+        """Return a copy that shares no memory with this one."""
+        return self.map(torch.clone)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """Apply ``function`` to every tensor."""
+        return Weights(
+            {name: function(value) for name, value in self.params.items()},
+            {name: function(value) for name, value in self.buffers.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Weights:
+        """Return the same tensors on ``device``."""
+        return self.map(lambda value: value.to(device))
+
+    def all_finite(self) -> bool:
+        """Say whether no tensor holds a NaN or an infinity."""
+        return all(bool(torch.isfinite(value).all()) for value in (*self.params.values(), *self.buffers.values()))
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_k weights[k] * tensors[k]``, added in the order given.
+
+    The sum is taken in float64 so that an average of equal tensors is that tensor again; integer tensors
+    (BatchNorm's batch counter) are truncated, as the FedFTG code does.
+    """
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor.to(torch.float64), alpha=weight)
+    if not tensors[0].is_floating_point():
+        total += 1e-9  # a mean of equal integers may come out a hair below; truncation must not lose one
+    return total.to(tensors[0].dtype)
+
+
+def weighted_mean(models: Sequence[Weights], weights: Sequence[float]) -> Weights:
+    """Return the average of ``models`` with ``weights`` normalised to one, parameters and buffers alike."""
+    total = float(sum(weights))
+    shares = [weight / total for weight in weights]
+    first = models[0]
+    return Weights(
+        {name: weighted_sum([model.params[name] for model in models], shares) for name in first.params},
+        {name: weighted_sum([model.buffers[name] for model in models], shares) for name in first.buffers},
+    )
+
+
+def zeros_like(tensors: Tensors) -> Tensors:
+    """Return tensors of zeros with the same names and shapes."""
+    return {name: torch.zeros_like(value) for name, value in tensors.items()}
