@@ -61,8 +61,8 @@ class Payload:
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors; names are ``kind/name``."""
-        flat = {
-            f"{kind.value}/{name}": value.detach().cpu().contiguous()
+        flat = {  # copies: safetensors refuses tensors that share memory, as w and the fused model may
+            f"{kind.value}/{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for kind, tensors in self.parts.items()
             for name, value in tensors.items()
         }

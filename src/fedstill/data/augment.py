@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedstill.data._names import unknown
+from fedstill.names import unknown
 
 PADDING = 4
 

@@ -130,9 +130,7 @@ class RawDataSet:
 
     def normalised(self) -> DataSet:
         """Return the whole set as float32."""
-        return DataSet(
-            self.name, self.train(), self.test(), self.num_classes, self.class_names, self.mean, self.std
-        )
+        return DataSet(self.name, self.train(), self.test(), self.num_classes, self.class_names, self.mean, self.std)
 
     def _samples(self, x: ByteArray, y: IntArray, indices: IntArray | None) -> Samples:
         if indices is not None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedstill.data._names import unknown
 from fedstill.data.dataset import IntArray
 from fedstill.errors import InputError
+from fedstill.names import unknown
 from fedstill.rng import numpy_stream
 
-FloatArray = npt.NDArray[np.float64]
 Random = np.random.Generator | np.random.RandomState
 
 ATTEMPTS = 1_000
@@ -179,8 +178,8 @@ def client_parts(
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise InputError(
-            f"the clients' own validation ({validation}) and test ({test}) fractions must be at least 0 and "
-            f"less than 1 together"
+            f"data.client_validation ({validation}) and data.client_test ({test}) must be at least 0 and less than 1 "
+            f"together"
         )
     parts = []
     for client, own in enumerate(partition.indices):
@@ -297,7 +296,7 @@ def _shards(request: _Request, rng: np.random.Generator) -> list[IntArray]:
     if not request.clients <= shards <= request.samples:
         raise InputError(
             f"data.shards_per_client: {request.shards_per_client} shards for each of {request.clients} "
-            f"clients cannot be cut from {request.samples} training samples; it must be at least 1 and at most "
+            f"clients cannot be cut from {request.samples} training samples; it must be from 1 to "
             f"{request.samples // request.clients}"
         )
     shuffled = rng.permutation(request.samples)

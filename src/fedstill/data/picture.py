@@ -24,7 +24,8 @@ NAMED_CLASSES = 20
 def draw_partition(counts: IntArray, class_names: Sequence[str], path: Path, title: str) -> None:
     """Draw the clients' samples: a heat map of clients by classes under the clients' sizes.
 
-    Empty cells are white; the colour goes by the square root of the count. Up to 20 clients have their counts written into the cells.
+    Empty cells are white; the colour goes by the square root of the count. Up to 20 clients have
+    their counts written into the cells.
 
     Parameters
     ----------

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedstill.data._names import unknown
 from fedstill.data.dataset import ByteArray, DataSet, IntArray, RawDataSet
 from fedstill.errors import InputError
+from fedstill.names import unknown
 
 Stored = npt.NDArray[Any]
 ROOT_VARIABLE = "FEDSTILL_DATA"
@@ -99,19 +99,19 @@ def list_datasets() -> list[tuple[str, str]]:
     return [(_DIGITS, _DIGITS_SUMMARY), *((name, source.summary) for name, source in _SOURCES.items())]
 
 
-def load_dataset(name: str, root: Path | None = None) -> DataSet:
+def load_dataset(name: str, root: Path | str | None = None) -> DataSet:
     """Return a whole data set as normalised float32; arguments and errors as :func:`load_raw`."""
     return load_raw(name, root).normalised()
 
 
-def load_raw(name: str, root: Path | None = None) -> RawDataSet:
+def load_raw(name: str, root: Path | str | None = None) -> RawDataSet:
     """Read a data set and check it, its images still uint8.
 
     Parameters
     ----------
     name : str
         One of :func:`list_datasets`.
-    root : Path, optional
+    root : Path or str, optional
         Folder with ``<name>.npz``; by default the environment variable ``FEDSTILL_DATA``. Not needed for
         ``digits``.
 
@@ -204,11 +204,9 @@ def _read(path: Path, source: _Source) -> dict[str, Stored]:
 def _from_webp(blob: Stored, sizes: Stored, shape: tuple[int, ...]) -> ByteArray:
     """Decode WebP strips to images (N, H, W, 3); a ValueError says what does not fit."""
     try:
-        from PIL import Image, features
+        from PIL import Image, UnidentifiedImageError, features
     except ImportError as error:
-        raise InputError(
-            "images stored as WebP need Pillow to be decoded: pip install fedstill[webp]"
-        ) from error
+        raise InputError("images stored as WebP need Pillow to be decoded: pip install fedstill[webp]") from error
     if not features.check("webp"):
         raise InputError("this Pillow was built without WebP: pip install fedstill[webp]")
     if blob.dtype != np.uint8 or blob.ndim != 1 or sizes.dtype.kind not in "iu" or sizes.ndim != 1:
@@ -219,18 +217,22 @@ def _from_webp(blob: Stored, sizes: Stored, shape: tuple[int, ...]) -> ByteArray
     ends = np.cumsum(sizes, dtype=np.int64)
     files = [io.BytesIO(blob[end - size : end].tobytes()) for size, end in zip(sizes, ends)]
     heights = []
-    for file in files:
-        with Image.open(file) as strip:
-            if strip.width != width or strip.height % height:
-                raise ValueError(f"a WebP strip is {strip.width}x{strip.height} pixels, not {width} wide")
-            heights.append(strip.height)
-    rows = np.empty((sum(heights), width, 3), np.uint8)
+    for number, file in enumerate(files):
+        try:
+            with Image.open(file) as strip:
+                columns, rows = strip.size
+        except UnidentifiedImageError:
+            raise ValueError(f"strip {number} of the images is no WebP file") from None
+        if columns != width or rows % height:
+            raise ValueError(f"strip {number} of the images is {columns} pixels wide and {rows} high")
+        heights.append(rows)
+    pixels = np.empty((sum(heights), width, 3), np.uint8)
     start = 0
     for file, count in zip(files, heights):
         with Image.open(file) as strip:
-            rows[start : start + count] = np.asarray(strip.convert("RGB"))
+            pixels[start : start + count] = np.asarray(strip.convert("RGB"))
         start += count
-    return rows.reshape(-1, *shape)
+    return pixels.reshape(-1, *shape)
 
 
 def _verify(path: Path, arrays: dict[str, Stored]) -> None:

@@ -92,9 +92,9 @@ class RealInputs:
 
 
 def initial_generator(
-    seed: int, noise_dim: int, num_classes: int, shape: Sequence[int], device: torch.device
+    seed: int, noise_dim: int, width: int, num_classes: int, shape: Sequence[int], device: torch.device
 ) -> ConditionalGenerator:
     """Return a new generator whose weights come from the stream ``generator`` of ``seed``."""
     with initial_weights(torch_stream(seed, "generator", "initial-weights")):
-        made = ConditionalGenerator(noise_dim, num_classes, (int(shape[0]), int(shape[1]), int(shape[2])))
+        made = ConditionalGenerator(noise_dim, num_classes, (shape[0], shape[1], shape[2]), ngf=width)
     return made.to(device)

@@ -50,6 +50,8 @@ class DistillationSettings(Settings):
     """Generated samples per iteration, B."""
     noise_dim: int = Field(100, ge=1)
     """Dimensions of z: 100 for CIFAR-10, 256 for CIFAR-100 in the paper."""
+    generator_width: int = Field(64, ge=1)
+    """Channels before the generator's last layer; 64 in the paper, twice as many inside."""
     noise_per: Literal["iteration", "step"] = "iteration"
     """One z per iteration, or a fresh one for every student step."""
     lr_generator: float = Field(0.01, gt=0)

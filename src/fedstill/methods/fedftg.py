@@ -174,7 +174,10 @@ class FedFTG:
 
     def _generator(self, state: State, context: RefineContext) -> ConditionalGenerator:
         info = context.info
-        made = initial_generator(self.seed, self.settings.noise_dim, info.num_classes, info.input_shape, context.device)
+        keys = self.settings
+        made = initial_generator(
+            self.seed, keys.noise_dim, keys.generator_width, info.num_classes, info.input_shape, context.device
+        )
         if "generator" in state:
             made.load_state_dict(state["generator"])
         return made

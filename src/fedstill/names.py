@@ -1,4 +1,4 @@
-"""What the registries of this package share: the error for a name that is not in them."""
+"""What all registries share: the error for a name that is not in them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,346 @@
+"""The typed configuration: the schema of the TOML file, its overrides, and its errors."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from fedstill.errors import InputError
+from fedstill.methods.averaging import FusionSettings
+from fedstill.methods.fedftg import FedFTGSettings
+from fedstill.methods.fedprox import FedProxSettings
+from fedstill.methods.scaffold import ScaffoldSettings
+from fedstill.settings import Settings
+
+Table = dict[str, Any]
+
+
+class SeedSettings(Settings):
+    """``[seed]``: the two seeds. Methods of one pair of seeds share everything but the method."""
+
+    data: int = Field(0, ge=0)
+    """Splits and partition."""
+    train: int = Field(0, ge=0)
+    """Initial weights, cohorts, batch order, augmentation, noise."""
+
+
+class DataSettings(Settings):
+    """``[data]``: the data set and who holds it."""
+
+    name: str = "digits"
+    """Data set; `fedstill datasets` lists them."""
+    root: str | None = None
+    """Folder of the data sets; by default the environment variable FEDSTILL_DATA. Digits are embedded."""
+    train_samples: int | None = Field(None, ge=1)
+    """Training samples in all, a random subset; by default all."""
+    test_samples: int | None = Field(None, ge=1)
+    """Test samples, a random subset; by default all."""
+    server_validation: int = Field(0, ge=0)
+    """Samples cut from the training set before partitioning, for choosing hyper-parameters."""
+    clients: int = Field(10, ge=1)
+    """Clients in all, K."""
+    partition: str = "dirichlet-per-client"
+    """Who holds what: iid, dirichlet-per-client, dirichlet-per-class, shards."""
+    beta: float = Field(0.3, gt=0)
+    """Concentration of the Dirichlet partitions; small is skewed."""
+    sigma: float = Field(0.0, ge=0)
+    """Log-normal spread of the clients' sizes (iid, dirichlet-per-client); 0 is balanced."""
+    shards_per_client: int = Field(2, ge=1)
+    """Shards of sorted data for each client (shards)."""
+    min_size: int = Field(10, ge=1)
+    """Fewest samples a client may get (dirichlet-per-class)."""
+    replay: bool = False
+    """Replay the authors' own random stream instead of the named one."""
+    client_validation: float = Field(0.0, ge=0, lt=1)
+    """Part of each client's share that is held out for validation."""
+    client_test: float = Field(0.0, ge=0, lt=1)
+    """Part of each client's share that is held out for testing."""
+    augment: str = "none"
+    """Training augmentation: none, flip-crop-half (FedFTG's), flip-crop."""
+
+
+class ModelSettings(Settings):
+    """``[model]``: the architecture; keys that a model does not have are refused."""
+
+    name: str = "cnn"
+    """Architecture; `fedstill models` lists them; or package.module:factory."""
+    norm: Literal["gn", "bn", "none"] | None = None
+    """Normalisation; by default the model's own (GroupNorm)."""
+    norm_groups: int | None = Field(None, ge=1)
+    """Groups of GroupNorm."""
+    stem: Literal["imagenet", "cifar"] | None = None
+    """First layers of resnet18: 7x7 stride 2 and max-pool, or 3x3."""
+    width: int | None = Field(None, ge=1)
+    """Channels of the first layer of cnn."""
+    hidden: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """Hidden layers of mlp."""
+    head: str | None = None
+    """Name of the linear layer that gives the logits, where it cannot be told."""
+
+
+class TrainSettings(Settings):
+    """``[train]``: the rounds."""
+
+    rounds: int = Field(5, ge=1)
+    """Rounds, T."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Part of the clients in each round, C."""
+    sampling: Literal["fixed", "bernoulli"] = "fixed"
+    """round(C K) clients, or each with probability C (the FedDyn and FedFTG code)."""
+
+
+class LocalSettings(Settings):
+    """``[local]``: each client's SGD."""
+
+    epochs: int = Field(5, ge=1)
+    """Local epochs, E."""
+    steps: int | None = Field(None, ge=1)
+    """Local steps, instead of epochs."""
+    batch_size: int = Field(50, ge=1)
+    """Batch, B; the last smaller one of an epoch is kept."""
+    lr: float = Field(0.1, gt=0)
+    """Learning rate in round 0, eta_0."""
+    lr_decay: float = Field(0.998, gt=0, le=1)
+    """Factor per round, also on the server's learning rates."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum, within a round."""
+    weight_decay: float = Field(1e-3, ge=0)
+    """Weight decay, added after the clip."""
+    clip_norm: float | None = Field(10.0, gt=0)
+    """Largest norm of the gradient; "none" switches the clip off."""
+
+    @field_validator("clip_norm", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+
+class EvalSettings(Settings):
+    """``[eval]``: what is measured, and how often."""
+
+    on: Annotated[tuple[Literal["test", "validation", "clients"], ...], Field(strict=False)] = ("test",)
+    """Any of: test, validation (the server's part), clients (their own held-out parts); empty for none."""
+    every: int = Field(1, ge=1)
+    """Rounds between evaluations of the fused and the refined model; the first and last round always."""
+    ensembles_every: int | None = Field(None, ge=1)
+    """Rounds between evaluations of the ensembles; by default the first and last round only (simulation only)."""
+    ensemble_samples: int = Field(2000, ge=1)
+    """Fixed test samples on which the ensembles are measured."""
+    batch_size: int = Field(1000, ge=1)
+    """Evaluation batch; does not change results."""
+
+
+class ExecutionSettings(Settings):
+    """``[execution]``: how the same numbers are computed."""
+
+    executor: Literal["auto", "serial", "threads"] = "auto"
+    """auto: threads on a CPU, serial on a GPU."""
+    workers: int | None = Field(None, ge=1)
+    """Clients trained at a time by `threads`; by default one per core."""
+    intra_op_threads: int = Field(1, ge=1)
+    """Threads inside an operation while a client trains; bits are promised for equal values."""
+    server_threads: int = Field(1, ge=1)
+    """The same while the server refines and evaluates."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+
+
+class CheckpointSettings(Settings):
+    """``[checkpoint]``."""
+
+    every: int = Field(1, ge=1)
+    """Rounds between checkpoints; the last round always has one."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept."""
+
+
+class Config(Settings):
+    """One experiment."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    method: str = "fedavg+fedftg"
+    """Base method and refinements, joined by +: fedavg, fedprox, scaffold; fedftg."""
+    seed: SeedSettings = SeedSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    local: LocalSettings = LocalSettings()
+    fusion: FusionSettings = FusionSettings()
+    fedprox: FedProxSettings = FedProxSettings()
+    scaffold: ScaffoldSettings = ScaffoldSettings()
+    fedftg: FedFTGSettings = FedFTGSettings()
+    eval: EvalSettings = EvalSettings()
+    execution: ExecutionSettings = ExecutionSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_code_goes_with_its_control_variates(cls, given: Any) -> Any:
+        """``fedftg.mode = "code"`` covers SCAFFOLD's control variates too (FedFTG's released SCAFFOLDGAN)."""
+        if not isinstance(given, dict):
+            return given
+        parts = str(given.get("method", "")).split("+")
+        code = isinstance(given.get("fedftg"), dict) and given["fedftg"].get("mode") == "code"
+        if code and "fedftg" in parts and parts[0] == "scaffold":
+            return {**given, "scaffold": {"mode": "code", **(given.get("scaffold") or {})}}
+        return given
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: Table | None = None) -> Config:
+    """Return the configuration of a TOML file with ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path : Path, optional
+        TOML file; without one, ``base`` or the defaults.
+    overrides : sequence of str
+        Such as ``train.rounds=200`` or ``method=scaffold+fedftg``; a value is TOML, or else a string.
+
+    Raises
+    ------
+    InputError
+        For a missing or malformed file, unknown keys, wrong types, impossible values; it names the key, the
+        file and line where there is one, and the nearest right name.
+    """
+    table: Table = dict(base or {})
+    text = ""
+    if path is not None:
+        text = _read(path)
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise InputError(_explain(error, path, _lines(text), overrides)) from error
+
+
+def config_from(table: Mapping[str, Any], where: str) -> Config:
+    """Return the configuration in a table, for example that of a run directory."""
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error, None, {}, ())}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
+
+
+def _apply(table: Table, override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{override!r} is not an override: write key=value, for example train.rounds=200")
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{key}: {parent!r} is a value, not a table")
+    table[leaf] = value
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of the configuration."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explain(error: ValidationError, path: Path | None, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
+    """Return one line on the first problem; where it is, what is wrong, and the nearest right name."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    given = [override for override in overrides if override.partition("=")[0].strip() == key]
+    line = lines.get(key)
+    where = f"{path}:{line}: " if path and line and not given else f"{path}: " if path and not given else ""
+    if problem["type"] == "extra_forbidden":
+        near = nearest_key(key)
+        return f"{where}unknown key {key!r}" + (f", did you mean {near!r}?" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool | list) else ""
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{where}{key or 'configuration'}: {message[:1].lower()}{message[1:]}{shown}{more}"
+
+
+def nearest_key(key: str) -> str | None:
+    """Return the most similar key there is; a right last part in another table counts."""
+    known = list(keys())
+    tables = [name for name in Config.model_fields if name not in known]
+    leaf = key.rsplit(".", 1)[-1]
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    near = get_close_matches(key, known + tables, n=1, cutoff=0.6)
+    close = get_close_matches(leaf, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.75)
+    by_leaf = [name for name in known if close and name.rsplit(".", 1)[-1] == close[0]]
+    return next(iter(elsewhere or near or by_leaf), None)
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Return the line of every key and table in a TOML text, as far as simple ``key = value`` lines tell."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.\-]+)\s*\]", line):
+            table = header[1]
+            lines[table] = number
+        elif entry := re.match(r"\s*([\w.\-]+)\s*=", line):
+            lines[f"{table}.{entry[1]}" if table else entry[1]] = number
+    return lines
+
+
+def to_toml(config: Config, comments: bool = False) -> str:
+    """Return the whole configuration as TOML; with ``comments`` each key has its description above it."""
+    return "\n".join(_section(config, "", comments)).strip() + "\n"
+
+
+def _section(model: BaseModel, prefix: str, comments: bool) -> Iterator[str]:
+    tables: list[tuple[str, BaseModel]] = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            tables.append((name, value))
+            continue
+        if comments and field.description:
+            yield from (f"# {line}" for line in field.description.split("\n"))
+        if value is None:
+            if name == "clip_norm":
+                yield 'clip_norm = "none"'
+            elif comments:
+                yield f"# {name} ="
+        else:
+            yield f"{name} = {_toml_value(value)}"
+    for name, table in tables:
+        yield from ("", f"[{prefix}{name}]")
+        yield from _section(table, f"{prefix}{name}.", comments)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,94 @@
+"""How a cohort's clients are trained: one after another, or several at a time on threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+from fedstill.models.stateless import Stateless
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+class Executor(Protocol):
+    """Runs ``train(model, work)`` for every piece of work; results come in any order."""
+
+    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+        """Yield the results as they come."""
+
+    def close(self) -> None:
+        """Free what the executor holds."""
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Set the number of threads inside an operation, for this thread of the program."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class SerialExecutor:
+    """One client after another; an error comes straight from the client that made it."""
+
+    def __init__(self, model: Stateless, threads: int = 1) -> None:
+        self.model = model
+        self.threads = threads
+
+    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+        """Yield the results in order."""
+        for work in works:
+            with intra_op_threads(self.threads):
+                result = train(self.model, work)
+            yield result
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ThreadExecutor:
+    """Several clients at a time, each thread with its own copy of the architecture.
+
+    Gives the same bits as :class:`SerialExecutor` for the same ``threads``: a client's result depends on its
+    own streams alone, and each worker sets its own number of intra-op threads.
+    """
+
+    def __init__(self, model: Stateless, workers: int, threads: int = 1) -> None:
+        self._local = threading.local()
+
+        def start() -> None:
+            torch.set_num_threads(threads)
+            self._local.model = model.clone()
+
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="client", initializer=start)
+
+    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+        """Yield the results as they come; when one fails or the caller stops, the rest is cancelled."""
+        stop = threading.Event()
+
+        def one(work: Work) -> Result:
+            if stop.is_set():
+                raise InterruptedError("another client of the cohort failed")
+            return train(self._local.model, work)
+
+        futures = [self._pool.submit(one, work) for work in works]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedstill.data import Partition, client_parts, list_protocols, make_partition, notes, partition
+from fedstill.errors import InputError
+
+PROTOCOLS = [name for name, _ in list_protocols()]
+LABELS = np.random.default_rng(5).integers(0, 10, 2003)
+NAMES = [f"class {label}" for label in range(10)]
+
+
+def make(labels: np.ndarray = LABELS, classes: int = 10, **changes: Any) -> Partition:
+    asked: dict[str, Any] = {
+        "protocol": "dirichlet-per-client",
+        "clients": 10,
+        "beta": 0.5,
+        "sigma": 0.0,
+        "shards_per_client": 2,
+        "min_size": 10,
+        "replay": False,
+        "seed": 0,
+    }
+    return make_partition(labels, classes, **(asked | changes))
+
+
+def holding(*shares: list[int], classes: int = 3, labels: list[int]) -> Partition:
+    counts = np.array([np.bincount([labels[i] for i in share], minlength=classes) for share in shares])
+    return Partition(tuple(np.array(share) for share in shares), counts, "by hand", "")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("clients", [1, 7, 10])
+def test_every_sample_is_used_once_and_counted(protocol: str, clients: int) -> None:
+    made = make(protocol=protocol, clients=clients)
+    assert len(made.indices) == clients
+    assert sorted(np.concatenate(made.indices)) == list(range(len(LABELS)))
+    for own, counts in zip(made.indices, made.counts):
+        assert own.dtype == np.int64
+        assert np.array_equal(np.bincount(LABELS[own], minlength=10), counts)
+    assert made.counts.shape == (clients, 10)
+    assert made.protocol == protocol
+
+
+@pytest.mark.parametrize("protocol", ["dirichlet-per-client", "dirichlet-per-class"])
+def test_replays_use_every_sample_once_too(protocol: str) -> None:
+    made = make(protocol=protocol, replay=True, beta=1.0)
+    assert sorted(np.concatenate(made.indices)) == list(range(len(LABELS)))
+
+
+@pytest.mark.parametrize("protocol", ["iid", "dirichlet-per-client"])
+def test_equal_sizes_differ_by_one_at_most(protocol: str) -> None:
+    sizes = [len(own) for own in make(protocol=protocol, clients=100).indices]
+    assert sorted(sizes) == [20] * 97 + [21] * 3
+
+
+@pytest.mark.parametrize("protocol", ["iid", "dirichlet-per-client"])
+def test_sigma_spreads_the_sizes(protocol: str) -> None:
+    sizes = np.array([len(own) for own in make(protocol=protocol, clients=200, sigma=1.0).indices])
+    assert sizes.min() >= 1
+    assert sizes.max() > 3 * np.median(sizes)
+
+
+def test_as_many_clients_as_samples() -> None:
+    for protocol, sigma in (("iid", 3.0), ("dirichlet-per-client", 3.0), ("shards", 0.0)):
+        made = make(LABELS[:50], protocol=protocol, sigma=sigma, clients=50, shards_per_client=1)
+        assert {len(own) for own in made.indices} == {1}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_fingerprint_is_that_of_the_shares(protocol: str) -> None:
+    first, again, other = (make(protocol=protocol, seed=seed) for seed in (1, 1, 2))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    digest = hashlib.sha256((10).to_bytes(8, "little"))
+    for own in first.indices:
+        digest.update(len(own).to_bytes(8, "little") + b"".join(int(i).to_bytes(8, "little") for i in own))
+    assert first.fingerprint == digest.hexdigest()
+
+
+def test_fingerprint_depends_on_nothing_a_protocol_does_not_use() -> None:
+    plain = make(protocol="iid").fingerprint
+    assert make(protocol="iid", beta=3.0, min_size=4, shards_per_client=5).fingerprint == plain
+    assert make(LABELS.astype(np.uint8), protocol="iid").fingerprint == plain
+
+
+def test_clients_of_an_iid_partition_are_like_the_whole() -> None:
+    labels = np.arange(100_000) % 10
+    counts = make(labels, protocol="iid").counts
+    assert np.abs(counts / 10_000 - 0.1).max() < 0.015
+
+
+def test_shares_tend_to_the_drawn_mixture_when_no_class_runs_out() -> None:
+    # With many clients no class runs out before the end, so the realised shares have the variance of Dir(beta).
+    beta, classes = 2.0, 5
+    labels = np.arange(200_000) % classes
+    shares = make(labels, classes, clients=400, beta=beta).counts / 500
+    assert shares.var(axis=0).mean() == pytest.approx(0.16 / (classes * beta + 1), rel=0.15)
+    assert shares.mean(axis=0) == pytest.approx(np.full(classes, 0.2))
+
+
+def test_small_beta_gives_few_classes_and_large_beta_all() -> None:
+    labels = np.arange(20_000) % 10
+    few = (make(labels, clients=20, beta=0.05).counts > 50).sum(axis=1).mean()
+    many = (make(labels, clients=20, beta=100.0).counts > 50).sum(axis=1).mean()
+    assert few < 4
+    assert many == 10
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1e-6])
+def test_mixtures_that_underflow_still_end(beta: float) -> None:
+    made = make(beta=beta, clients=50)
+    assert made.counts.sum() == len(LABELS)
+
+
+def test_a_class_without_samples_is_nobodys() -> None:
+    for protocol in PROTOCOLS:
+        labels = np.where(LABELS == 4, 5, LABELS)
+        assert make(labels, protocol=protocol).counts[:, 4].sum() == 0
+
+
+def test_ten_thousand_clients_take_seconds() -> None:
+    labels = np.arange(50_000) % 100
+    start = time.perf_counter()
+    made = make(labels, 100, clients=10_000, beta=0.1)
+    assert time.perf_counter() - start < 20
+    assert made.counts.sum() == 50_000
+
+
+def test_per_class_reaches_the_minimum() -> None:
+    made = make(protocol="dirichlet-per-class", clients=20, beta=0.3, min_size=25)
+    assert min(len(own) for own in made.indices) >= 25
+
+
+def test_shards_hold_few_classes() -> None:
+    labels = np.sort(np.arange(1000) % 10)
+    made = make(labels, protocol="shards", clients=10, shards_per_client=2)
+    assert (made.counts > 0).sum(axis=1).max() <= 2
+    assert {len(own) for own in made.indices} == {100}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, r"data\.beta"),
+        ({"beta": float("nan")}, r"data\.beta"),
+        ({"sigma": -1.0}, r"data\.sigma"),
+        ({"sigma": 0.5, "protocol": "shards"}, r"data\.sigma has no meaning for 'shards'"),
+        ({"clients": 0}, r"data\.clients must be at least 1"),
+        ({"clients": 2004}, r"data\.clients: 2004 clients cannot share 2003"),
+        ({"protocol": "dirichlet-per-clint"}, "did you mean 'dirichlet-per-client'"),
+        ({"protocol": "iid", "replay": True}, r"data\.replay: there is no replay of 'iid'"),
+        ({"replay": True, "seed": -1}, "seed must be from 0"),
+        ({"protocol": "shards", "shards_per_client": 0}, r"data\.shards_per_client"),
+        ({"protocol": "shards", "shards_per_client": 201}, r"data\.shards_per_client.*from 1 to 200"),
+        ({"protocol": "dirichlet-per-class", "min_size": 0}, r"data\.min_size must be"),
+        ({"protocol": "dirichlet-per-class", "min_size": 201}, r"data\.min_size: 10 clients cannot"),
+        ({"protocol": "dirichlet-per-class", "min_size": 190, "beta": 0.01}, r"smaller data\.min_size.*data\.beta"),
+        ({"replay": True, "sigma": 30.0}, "without a sample"),
+    ],
+)
+def test_values_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(**changes)
+
+
+def test_a_replay_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "REDRAWS", 1000)
+    with pytest.raises(InputError, match=r"set data\.replay to false"):
+        make(replay=True, beta=0.01)
+
+
+def test_labels_beyond_the_classes() -> None:
+    with pytest.raises(InputError, match="beyond the 9 classes"):
+        make(LABELS, 9)
+
+
+def test_client_parts_split_every_share() -> None:
+    made = make(clients=7)
+    for own, parts in zip(made.indices, client_parts(made, 0.1, 0.2, seed=0)):
+        train, validation, test = parts
+        assert sorted(np.concatenate(parts)) == sorted(own)
+        assert len(validation) == round(0.1 * len(own))
+        assert len(test) == round(0.2 * len(own))
+        place = {int(index): at for at, index in enumerate(own)}
+        assert all(place[a] < place[b] for a, b in pairwise(train.tolist()))
+
+
+def test_client_parts_keep_one_training_sample() -> None:
+    made = holding([0], [1, 2], [3, 4, 5], labels=[0] * 6)
+    parts = client_parts(made, 0.45, 0.5, seed=0)
+    assert [[len(part) for part in client] for client in parts] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_client_parts_of_nothing_are_the_shares() -> None:
+    made = make()
+    for own, (train, validation, test) in zip(made.indices, client_parts(made, 0, 0, seed=0)):
+        assert np.array_equal(train, own)
+        assert len(validation) == len(test) == 0
+
+
+def test_client_parts_depend_on_the_client_and_the_seed_alone() -> None:
+    made = make(clients=7)
+    fewer = replace(made, indices=made.indices[:3])
+    pairs = zip(client_parts(made, 0.2, 0.2, seed=1), client_parts(fewer, 0.2, 0.2, seed=1))
+    assert all(np.array_equal(a, b) for one, other in pairs for a, b in zip(one, other))
+    other = client_parts(made, 0.2, 0.2, seed=2)
+    assert not np.array_equal(client_parts(made, 0.2, 0.2, seed=1)[0][0], other[0][0])
+
+
+@pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.0), (0.0, -0.1), (0.5, 0.5), (float("nan"), 0.0)])
+def test_client_parts_out_of_range(validation: float, test: float) -> None:
+    with pytest.raises(InputError, match="less than 1 together"):
+        client_parts(make(), validation, test, seed=0)
+
+
+def test_notes_are_silent_on_an_ordinary_partition() -> None:
+    assert notes(make(protocol="iid"), NAMES, 50) == []
+
+
+def test_notes_tell_what_is_unusual() -> None:
+    made = holding([0], [1, 2], [3, 4, 5, 6], labels=[0, 0, 1, 1, 1, 0, 0])
+    unheld, single, small = notes(made, ["cat", "dog", "owl"], 3)
+    assert "no client holds a sample of owl" in unheld
+    assert single == "1 of 3 clients holds a single sample: 0"
+    assert small == "2 of 3 clients hold fewer samples than a batch of 3; their batches are what they have"
