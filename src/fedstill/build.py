@@ -79,9 +79,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     sets = evaluation_sets(config, splits, own, device)
     initial = initial.to(device)
     executor = executor_of(config, stateless, len(shares))
-    federation = Federation(
-        config, method, info, partition, stateless, initial, trainer, executor, sets, device
-    )
+    federation = Federation(config, method, info, partition, stateless, initial, trainer, executor, sets, device)
     return federation, notes(partition, raw.class_names, config.local.batch_size)
 
 

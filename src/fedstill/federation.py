@@ -139,9 +139,7 @@ class Federation:
             if Kind.LABEL_COUNTS in result.payload:
                 known[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
             samples = self.info.samples[result.client]
-            uploads.append(
-                Upload(result.client, result.payload, samples, result.steps, known.get(result.client))
-            )
+            uploads.append(Upload(result.client, result.payload, samples, result.steps, known.get(result.client)))
         return uploads, known
 
     def refine(

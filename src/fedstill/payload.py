@@ -79,7 +79,7 @@ class Payload:
         """
         try:
             flat = load(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a number format that PyTorch lacks
             raise InputError(f"payload is not a safetensors message: {error}") from error
         parts: dict[Kind, Tensors] = {}
         for key, value in flat.items():

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from fedstill.errors import InputError
-from fedstill.methods.base import LocalObjective, Method, Refinement, ServerFusion
+from fedstill.methods.base import Method
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective
 from fedstill.methods.fedftg import FedFTG, generator_seed
 from fedstill.methods.fedprox import FedProxObjective
@@ -18,7 +18,6 @@ from fedstill.names import unknown
 
 if TYPE_CHECKING:
     from fedstill.config import Config
-
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""The command ``fedstill``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedstill import presets
+from fedstill.config import Config, load_config, to_toml
+from fedstill.errors import FedstillError, InputError
+
+if TYPE_CHECKING:
+    from fedstill.experiment import Observer
+
+app = typer.Typer(
+    name="fedstill",
+    help="Federated learning by distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+
+Arguments = Annotated[
+    list[str] | None, typer.Argument(help="A TOML file, then key=value overrides such as train.rounds=200.")
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Start from a preset instead of a file; 'fedstill presets' lists them.")
+]
+
+
+@app.command()
+def run(
+    arguments: Arguments = None,
+    preset: Preset = None,
+    directory: Annotated[Path | None, typer.Option("--out", help="Directory of the run; it must not exist.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Print the result only.")] = False,
+) -> None:
+    """Run an experiment; without any argument the embedded default."""
+    from fedstill.experiment import run as run_experiment
+
+    config = configuration(arguments or [], preset)
+    path = directory or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}-{config.data.name}"
+    with resumable(path), display(quiet) as observer:
+        result = run_experiment(config, directory=path, observer=observer)
+    summary(result.records, path)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    quiet: Annotated[bool, typer.Option(help="Print the result only.")] = False,
+) -> None:
+    """Go on with a run that was stopped, to the same bits."""
+    from fedstill.experiment import resume as resume_experiment
+
+    with resumable(directory), display(quiet) as observer:
+        result = resume_experiment(directory, observer=observer)
+    summary(result.records, directory)
+
+
+@app.command()
+def partition(
+    arguments: Arguments = None,
+    preset: Preset = None,
+    picture: Annotated[Path, typer.Option("--out", help="PNG, SVG or PDF.")] = Path("partition.png"),
+) -> None:
+    """Draw who holds how many samples of which class."""
+    from fedstill.build import partition_of
+    from fedstill.data import draw_partition, load_raw, notes, split
+
+    config = configuration(arguments or [], preset)
+    data = config.data
+    raw = load_raw(data.name, Path(data.root) if data.root else None)
+    splits = split(
+        raw,
+        train_samples=data.train_samples,
+        test_samples=data.test_samples,
+        server_validation=data.server_validation,
+        seed=config.seed.data,
+    )
+    shares = partition_of(config, splits, raw.num_classes)
+    title = f"{data.name}, {data.partition}, beta {data.beta}, seed {config.seed.data}"
+    draw_partition(shares.counts, raw.class_names, picture, title)
+    for line in notes(shares, raw.class_names, config.local.batch_size):
+        out.print(f"[yellow]note[/] {line}")
+    out.print(f"{picture}  (fingerprint {shares.fingerprint[:16]})")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods; a refinement is added to a base with +."""
+    from fedstill.methods.registry import list_methods
+
+    listing(list_methods())
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets."""
+    from fedstill.data import list_datasets
+
+    listing(dict(list_datasets()))
+
+
+@app.command()
+def models() -> None:
+    """List the models."""
+    from fedstill.models import list_models
+
+    listing(list_models())
+
+
+@app.command(name="presets")
+def list_presets() -> None:
+    """List the presets."""
+    listing(presets.list_presets())
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A preset.")] = presets.DEFAULT) -> None:
+    """Print a preset as a complete, commented TOML file."""
+    sys.stdout.write(to_toml(load_config(base=presets.preset(name)), comments=True))
+
+
+def configuration(arguments: list[str], preset: str | None) -> Config:
+    """Return the configuration that a command line asks for."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if len(files) > 1:
+        raise InputError(f"more than one configuration file: {', '.join(files)}")
+    if files and preset:
+        raise InputError("a file and --preset do not go together; 'fedstill show PRESET > my.toml' starts a file")
+    if files:
+        return load_config(Path(files[0]), overrides)
+    return load_config(None, overrides, presets.preset(preset or presets.DEFAULT))
+
+
+@contextmanager
+def display(quiet: bool) -> Iterator[Observer | None]:
+    """Show progress on standard error, unless it should be quiet."""
+    if quiet:
+        yield None
+        return
+    from fedstill.progress import ProgressDisplay
+
+    with ProgressDisplay(err) as shown:
+        yield shown
+
+
+@contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Say how to go on when a run is stopped by Ctrl-C, by SIGTERM or by an error."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    hint = f"go on with: fedstill resume {path}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = "stopped; " + (hint if (path / "config.toml").exists() else "nothing had been written")
+        err.print(stopped)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def summary(records: list[dict[str, object]], path: Path) -> None:
+    """Print a run's result in a few lines."""
+    from fedstill.experiment import accuracies
+    from fedstill.progress import megabytes
+
+    for on in ("test", "validation", "clients"):
+        found = accuracies(records, on)
+        if found:
+            rounds = sorted(found)
+            mean = sum(found.values()) / len(found)
+            out.print(
+                f"accuracy on {on}: {found[rounds[-1]]:.4f} after round {rounds[-1]}, "
+                f"{found[rounds[0]]:.4f} after round {rounds[0]}, mean over evaluated rounds {mean:.4f}"
+            )
+    out.print(f"{megabytes(records):.1f} MB sent; everything is in {path}")
+
+
+def listing(entries: dict[str, str]) -> None:
+    """Print names with their summaries."""
+    table = Table.grid(padding=(0, 2))
+    for name, text in entries.items():
+        table.add_row(f"[bold]{name}[/]", text)
+    out.print(table)
+
+
+def main() -> None:
+    """Run the command line; errors are one line, exit code 2 for bad input and 1 for a run that cannot go on."""
+    try:
+        app(standalone_mode=True)
+    except FedstillError as error:
+        err.print(f"[red]error[/] {error}", markup=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
