@@ -17,7 +17,14 @@ from fedstill.build import build
 from fedstill.config import load_config
 from fedstill.execution.allocator import keep_freed_memory
 
-COMMON = ["seed.data=100", "seed.train=100", "data.beta=0.1", "data.clients=10", "train.rounds=3", 'eval.on=["validation"]']
+COMMON = [
+    "seed.data=100",
+    "seed.train=100",
+    "data.beta=0.1",
+    "data.clients=10",
+    "train.rounds=3",
+    'eval.on=["validation"]',
+]
 SETTINGS = {
     "digits": ["data.train_samples=1200", "data.server_validation=200", "local.epochs=20", "local.batch_size=16"],
     "fashion_mnist": [

@@ -4,6 +4,7 @@
 clients, :class:`LocalTrainer` trains one of them, :class:`FedFTG` refines a model from any list of teachers.
 """
 
+from fedstill import presets
 from fedstill.build import build
 from fedstill.client import ClientWork, LocalTrainer
 from fedstill.config import Config, load_config
@@ -35,6 +36,7 @@ __all__ = [
     "load_config",
     "load_dataset",
     "make_partition",
+    "presets",
     "resume",
     "run",
 ]

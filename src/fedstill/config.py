@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,10 +188,11 @@ class Config(Settings):
         """``fedftg.mode = "code"`` covers SCAFFOLD's control variates too (FedFTG's released SCAFFOLDGAN)."""
         if not isinstance(given, dict):
             return given
-        parts = str(given.get("method", "")).split("+")
-        code = isinstance(given.get("fedftg"), dict) and given["fedftg"].get("mode") == "code"
-        if code and "fedftg" in parts and parts[0] == "scaffold":
-            return {**given, "scaffold": {"mode": "code", **(given.get("scaffold") or {})}}
+        parts = [part.strip() for part in str(given.get("method", "")).split("+")]
+        fedftg, scaffold = given.get("fedftg"), given.get("scaffold", {})
+        mode = fedftg.get("mode") if isinstance(fedftg, dict) else getattr(fedftg, "mode", None)
+        if mode == "code" and "fedftg" in parts and parts[0] == "scaffold" and isinstance(scaffold, dict):
+            return {**given, "scaffold": {"mode": "code", **scaffold}}
         return given
 
 
@@ -209,7 +212,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: T
         For a missing or malformed file, unknown keys, wrong types, impossible values; it names the key, the
         file and line where there is one, and the nearest right name.
     """
-    table: Table = dict(base or {})
+    table: Table = deepcopy(base or {})
     text = ""
     if path is not None:
         text = _read(path)
@@ -342,5 +345,5 @@ def _toml_value(value: object) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(part) for part in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    # A JSON string is a TOML one, save for DEL.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")

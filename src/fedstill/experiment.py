@@ -150,14 +150,16 @@ def _go_on(
             files.log(line)
     try:
         while state.round < config.train.rounds:
-            state, record = federation.run_round(state)
-            records.append(record)
-            observer.round_done(record)
+            following, record = federation.run_round(state)
             if files:
                 files.record(record)
-                if state.round % config.checkpoint.every == 0 or state.round == config.train.rounds:
-                    files.store.save(state)
-                    saved = state
+            # Only now: a round that is stopped before its line is whole is done again by a resume.
+            state = following
+            records.append(record)
+            if files and (state.round % config.checkpoint.every == 0 or state.round == config.train.rounds):
+                files.store.save(state)
+                saved = state
+            observer.round_done(record)
     except (KeyboardInterrupt, FedstillError) as error:
         if files:
             _leave_resumable(files, state, saved, error)

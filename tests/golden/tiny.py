@@ -153,7 +153,7 @@ def over_the_wire(payload: Payload) -> Payload:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one client's turn gave; ``before`` holds the parameters before each step where they were asked for."""
+    """What one client's turn gave, and what it began with."""
 
     upload: Upload
     state: State

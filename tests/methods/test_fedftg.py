@@ -67,11 +67,11 @@ def test_the_papers_student_loss_for_two_classes_by_hand() -> None:
     teacher = torch.zeros(1, 1, 2, dtype=torch.float64)
     weights, target = torch.ones(1, 1), torch.full((1, 2), 0.5)
     loss = losses.student_loss(student, teacher, weights, target, "kl-student-teacher", "batch")
-    assert float(loss) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert loss.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     slope = float(torch.autograd.grad(loss, student)[0][0, 0])
     assert slope == pytest.approx(0.25 * 0.75 * (math.log(0.5) - math.log(1.5)))
     md = losses.discrepancy(student, teacher, weights, target, "kl-student-teacher")
-    assert float(md) == pytest.approx(float(loss))
+    assert md.item() == pytest.approx(loss.item())
 
 
 def test_the_released_student_gradient_is_the_forward_kls_over_the_number_of_classes() -> None:
@@ -535,7 +535,7 @@ LIVE: dict[int, ConditionalGenerator] = {}
 
 def test_the_generator_lives_on_in_the_state() -> None:
     model, student, teachers = stacked()
-    LIVE[2] = initial_generator(2, 5, 4, SHAPE, torch.device("cpu"))
+    LIVE[2] = initial_generator(2, 5, 64, 4, SHAPE, torch.device("cpu"))
     live = KeepsItsGenerator(FedFTGSettings(**SMALL), seed=2)
     passed, state = ftg(), {}
     for round_ in range(3):
@@ -622,6 +622,16 @@ def test_distilling_twice_gives_the_same_and_rounds_differ() -> None:
         results.append(student.state_dict())
     assert not changed(results[0], results[1])
     assert changed(results[0], results[2])
+
+
+def test_the_student_may_be_one_of_the_teachers() -> None:
+    results = []
+    for alone in (True, False):
+        _, (_, _, model) = mixed()
+        student = copy.deepcopy(model) if alone else model
+        ftg().distil(student, [model, mixed()[1][0]], COUNTS[:2], SHAPE)
+        results.append(student.state_dict())
+    assert not changed(*results)
 
 
 @pytest.mark.parametrize("norm", [True, False])

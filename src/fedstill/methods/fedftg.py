@@ -52,7 +52,7 @@ from fedstill.distill.loop import Distillation, DistillationSettings, generated,
 from fedstill.distill.teachers import ModuleTeachers, Teachers
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, RefineContext, Refined
-from fedstill.models.anatomy import batch_norms, split_state
+from fedstill.models.anatomy import batch_norms, check_width, split_state
 from fedstill.models.generators import ConditionalGenerator
 from fedstill.models.stateless import Stateless
 from fedstill.rng import seed_of, torch_stream
@@ -222,23 +222,26 @@ class FedFTG:
         -------
         student, state, metrics
         """
-        counts = torch.as_tensor(class_counts, dtype=torch.int64)
+        counts = torch.as_tensor(class_counts, dtype=torch.int64, device="cpu")
         if counts.dim() != 2 or len(counts) != len(teachers):
             raise InputError(
                 f"class_counts is {tuple(counts.shape)}, expected one row of class counts for each of "
                 f"{len(teachers)} teachers"
             )
+        if int(counts.min()) < 0:
+            raise InputError("class_counts holds a negative number")
         if int(counts.sum()) == 0:
             raise InputError("class_counts is zero everywhere: no label can be drawn from it")
+        for module in (student, *teachers):
+            check_width(module, tuple(input_shape), counts.shape[1])
         params, buffers = split_state(student)
         device = next(iter(params.values())).device
         info = FederationInfo(tuple(counts.sum(1).tolist()), counts.shape[1], tuple(input_shape))
         context = RefineContext(
             round, info, 1.0, lambda purpose: torch_stream(self.seed, purpose, round, device=device), device
         )
-        refined = self.refine(
-            Stateless(student), Weights(params, buffers), ModuleTeachers(teachers, counts), state or {}, context
-        )
+        model = Stateless(student).clone()  # the student may itself be one of the teachers
+        refined = self.refine(model, Weights(params, buffers), ModuleTeachers(teachers, counts), state or {}, context)
         student.load_state_dict({**refined.weights.params, **refined.weights.buffers}, strict=False)
         return student, refined.state, refined.metrics
 
