@@ -1,6 +1,6 @@
-"""The runs behind ``docs/results.md``: two settings, three data sets of figures, eight methods, three seeds.
+"""The runs behind ``docs/results.md``: three settings, eight methods, three seeds.
 
-    FEDSTILL_DATA=... python studies/first_results.py run OUT [--workers 2]     # skips what is done, resumes what is not
+    FEDSTILL_DATA=... python studies/first_results.py run OUT [--workers 2]   # skips what is done, resumes the rest
     FEDSTILL_DATA=... python studies/first_results.py table OUT                 # Markdown; cells that did not run say so
 
 Seeds come first in the order of work, so that a study that is stopped has whole seeds.

@@ -1,4 +1,4 @@
-"""How the hyper-parameters of ``fedftg.mode = "tuned"`` were chosen: on the server's validation data, never on a test set.
+"""How the hyper-parameters of ``fedftg.mode = "tuned"`` were chosen: on validation data, never on a test set.
 
     FEDSTILL_DATA=... python studies/tune.py digits|fashion_mnist|cifar10 [OUT.jsonl]
 

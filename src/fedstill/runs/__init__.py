@@ -1,0 +1,6 @@
+"""Run directories, checkpoints and their files."""
+
+from fedstill.runs.checkpoint import CheckpointStore
+from fedstill.runs.directory import RunDirectory, read_metrics
+
+__all__ = ["CheckpointStore", "RunDirectory", "read_metrics"]

@@ -1,0 +1,166 @@
+"""Checkpoints: everything that the next round depends on, as safetensors and JSON.
+
+``checkpoints/round-00003.safetensors`` holds the server's tensors, ``clients/7/round-00003.safetensors`` the state
+that client 7 left in round 3, written once. ``checkpoints/round-00003.json``, written last, names the files and
+their SHA-256. A round writes its cohort's files only; those that no kept checkpoint names are removed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedstill.errors import InputError
+from fedstill.federation import FederationState
+from fedstill.methods.base import ServerState
+from fedstill.runs.files import disk_errors, sha256, write_atomically
+from fedstill.weights import State, Tensors, Weights
+
+FORMAT = "fedstill-checkpoint-1"
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one run directory.
+
+    Parameters
+    ----------
+    root : Path
+        The run directory.
+    keep : int
+        How many checkpoints stay.
+    fingerprint : str
+        Of what the run computes; a checkpoint with another one is foreign.
+    """
+
+    root: Path
+    keep: int
+    fingerprint: str
+    _written: dict[int, dict[str, str]] = field(default_factory=dict)
+    _states: dict[int, State] = field(default_factory=dict)
+
+    def save(self, state: FederationState) -> None:
+        """Write a checkpoint of ``state`` and remove what is no longer needed."""
+        name = f"round-{state.round:05d}"
+        for client, own in state.clients.items():
+            if own is not self._states.get(client):
+                path = f"clients/{client}/{name}.safetensors"
+                self._written[client] = self._write(path, _grouped("", own))
+                self._states[client] = own
+        manifest = {
+            "format": FORMAT,
+            "round": state.round,
+            "fingerprint": self.fingerprint,
+            "refinements": len(state.refinements),
+            "server": self._write(f"checkpoints/{name}.safetensors", _server_tensors(state)),
+            "clients": {str(client): entry for client, entry in sorted(self._written.items())},
+        }
+        write_atomically(self.root / f"checkpoints/{name}.json", json.dumps(manifest, indent=1).encode())
+        self._remove_old()
+
+    def load(self) -> FederationState | None:
+        """Return the newest checkpoint's state, None where there is no checkpoint.
+
+        Raises
+        ------
+        InputError
+            For a corrupt or foreign checkpoint; it names the file, and an older one that could be used.
+        """
+        manifests = self._manifests()
+        if not manifests:
+            return None
+        try:
+            return self._load(manifests[-1])
+        except InputError as error:
+            older = f"; to go on from {manifests[-2].stem} instead, remove {manifests[-1]}" if manifests[1:] else ""
+            raise InputError(f"{error}{older}") from error
+
+    def _load(self, path: Path) -> FederationState:
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            known = manifest["format"] == FORMAT
+            server, clients, count = manifest["server"], manifest["clients"], int(manifest["refinements"])
+            round, fingerprint = int(manifest["round"]), manifest["fingerprint"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
+        if not known:
+            raise InputError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}")
+        if fingerprint != self.fingerprint:
+            raise InputError(f"{path}: it belongs to another experiment than config.toml beside it describes")
+        tensors = self._read(server)
+        self._written = {int(client): entry for client, entry in clients.items()}
+        self._states = {client: _state(self._read(entry), "") for client, entry in self._written.items()}
+        weights = Weights(_under(tensors, "params/"), _under(tensors, "buffers/"))
+        return FederationState(
+            round,
+            ServerState(weights, _state(tensors, "method/")),
+            tuple(_state(tensors, f"refinement-{index}/") for index in range(count)),
+            dict(self._states),
+            {int(client): counts for client, counts in _under(tensors, "label-counts/").items()},
+        )
+
+    def _write(self, name: str, tensors: Tensors) -> dict[str, str]:
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        write_atomically(self.root / name, data)
+        return {"file": name, "sha256": sha256(data)}
+
+    def _read(self, entry: dict[str, str]) -> Tensors:
+        path = self.root / entry["file"]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: a checkpoint names this file, and it cannot be read") from error
+        if sha256(data) != entry["sha256"]:
+            raise InputError(f"{path}: corrupt: its SHA-256 is not the one in the checkpoint")
+        try:
+            tensors: dict[str, Tensor] = load(data)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a safetensors file ({error})") from error
+        return tensors
+
+    def _manifests(self) -> list[Path]:
+        return sorted((self.root / "checkpoints").glob("round-*.json"))
+
+    def _remove_old(self) -> None:
+        kept = self._manifests()[-self.keep :]
+        named = {path for path in kept}
+        for path in kept:
+            manifest = json.loads(path.read_text())
+            entries = [manifest["server"], *manifest["clients"].values()]
+            named |= {self.root / entry["file"] for entry in entries}
+        with disk_errors(self.root):
+            for folder in ("checkpoints", "clients"):
+                for path in (self.root / folder).rglob("round-*"):
+                    if path not in named:
+                        path.unlink()
+
+
+def _server_tensors(state: FederationState) -> Tensors:
+    tensors = {f"params/{name}": value for name, value in state.server.weights.params.items()}
+    tensors |= {f"buffers/{name}": value for name, value in state.server.weights.buffers.items()}
+    tensors |= _grouped("method/", state.server.method)
+    for index, own in enumerate(state.refinements):
+        tensors |= _grouped(f"refinement-{index}/", own)
+    return tensors | {f"label-counts/{client}": counts for client, counts in state.label_counts.items()}
+
+
+def _grouped(prefix: str, state: State) -> Tensors:
+    return {f"{prefix}{group}/{name}": value for group, tensors in state.items() for name, value in tensors.items()}
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _state(tensors: Tensors, prefix: str) -> State:
+    state: State = {}
+    for key, value in _under(tensors, prefix).items():
+        group, _, name = key.partition("/")
+        state.setdefault(group, {})[name] = value
+    return state

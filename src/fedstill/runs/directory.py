@@ -1,0 +1,182 @@
+"""A run's directory: what was run, where, and what came out.
+
+======================== ==========================================================
+``config.toml``          the resolved configuration, with its schema version
+``environment.json``     versions, commit, device
+``partition.json``       protocol, fingerprint, class counts by client
+``metrics.jsonl``        one line per round
+``tensorboard/``         the same as TensorBoard events
+``checkpoints/``         the last checkpoints (``clients/``: the clients' states)
+``log.txt``              what happened, with times
+======================== ==========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedstill.config import Config, config_from, to_toml
+from fedstill.errors import InputError
+from fedstill.federation import Federation, Record
+from fedstill.runs.checkpoint import CheckpointStore
+from fedstill.runs.environment import environment
+from fedstill.runs.files import disk_errors, sha256, write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+
+@dataclass
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+    config: Config
+    store: CheckpointStore
+    _events: SummaryWriter | None = None
+
+    @staticmethod
+    def create(path: Path, federation: Federation) -> RunDirectory:
+        """Make the directory of a new run.
+
+        Raises
+        ------
+        InputError
+            If it is there already; nothing is written over.
+        """
+        if path.exists():
+            raise InputError(f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'")
+        config = federation.config
+        counts = federation.partition.counts.tolist()
+        write_atomically(path / "config.toml", to_toml(config).encode())
+        write_json(path / "environment.json", environment(config.execution.device))
+        write_json(
+            path / "partition.json",
+            {
+                "protocol": federation.partition.protocol,
+                "fingerprint": federation.partition.fingerprint,
+                "class_counts": counts,
+            },
+        )
+        run = RunDirectory(path, config, _store(path, config, federation))
+        run.log(f"started: {config.method} on {config.data.name}, {config.train.rounds} rounds")
+        return run
+
+    @staticmethod
+    def read_config(path: Path) -> Config:
+        """Return the resolved configuration of a run.
+
+        Raises
+        ------
+        InputError
+            If there is no run at ``path``, or its configuration cannot be read.
+        """
+        file = path / "config.toml"
+        try:
+            table: dict[str, Any] = tomllib.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: not a run directory, it has no config.toml") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not valid TOML: {error}") from error
+        return config_from(table, str(file))
+
+    @staticmethod
+    def open(path: Path, federation: Federation) -> RunDirectory:
+        """Open the directory of a run to go on with it.
+
+        Raises
+        ------
+        InputError
+            If the data give another partition now than when the run began.
+        """
+        try:
+            stored = json.loads((path / "partition.json").read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path / 'partition.json'}: missing or damaged") from error
+        if stored != federation.partition.fingerprint:
+            raise InputError(f"{path}: the data give another partition than when this run began")
+        return RunDirectory(path, federation.config, _store(path, federation.config, federation))
+
+    def cut_metrics(self, round: int) -> list[Record]:
+        """Keep the whole metrics lines up to ``round`` and return them."""
+        kept = [record for record in read_metrics(self.path) if int(str(record["round"])) <= round]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return kept
+
+    def record(self, record: Record) -> None:
+        """Add one round's metrics, as a line and as TensorBoard events."""
+        file = self.path / "metrics.jsonl"
+        with disk_errors(file), file.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        with disk_errors(self.path / "tensorboard"):
+            if self._events is None:
+                from torch.utils.tensorboard.writer import SummaryWriter
+
+                step = int(str(record["round"]))
+                self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+            for name, value in flatten(record):
+                self._events.add_scalar(name, value, int(str(record["round"])))
+            self._events.flush()
+
+    def log(self, line: str) -> None:
+        """Add a line to the log, with the time."""
+        stamp = logging.Formatter().formatTime(logging.makeLogRecord({}))
+        file = self.path / "log.txt"
+        with disk_errors(file), file.open("a") as lines:
+            lines.write(f"{stamp} {line}\n")
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
+    computed = config.model_dump(
+        mode="json", exclude={"eval": True, "execution": {"executor", "workers"}, "checkpoint": True}
+    )
+    key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
+    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()))
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Return the rounds of a run; a last line that was cut short is left out.
+
+    Raises
+    ------
+    InputError
+        If a line before the last one is damaged.
+    """
+    file = path / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    records: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{file}:{number}: damaged line") from error
+    return records
+
+
+def flatten(record: Mapping[str, object], prefix: str = "") -> list[tuple[str, float]]:
+    """Return the numbers of a record by slash-separated names; lists are left out."""
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "round":
+            found.append((f"{prefix}{name}", float(value)))
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
