@@ -1,6 +1,6 @@
 """How the hyper-parameters of ``fedftg.mode = "tuned"`` were chosen: on validation data, never on a test set.
 
-    FEDSTILL_DATA=... python studies/tune.py digits|fashion_mnist|cifar10 [OUT.jsonl]
+    FEDSTILL_DATA=... python studies/tune.py digits|fashion_mnist|cifar10 [OUT.jsonl [CANDIDATE ...]]
 
 Every candidate runs three rounds on a partition (seed 100) that no reported result uses; what is compared is the
 refined model's accuracy on 1,000 validation images (digits: 200), mean over the rounds, beside the same run's
@@ -42,15 +42,18 @@ CANDIDATES: dict[str, list[str]] = {
     "tuned, lambda_md 0, lr 0.1": ["fedftg.lr_student=0.1"],
     "tuned, lambda_md 0, lr 0.05": ["fedftg.lr_student=0.05"],
     "tuned, lambda_md 0, lr 0.02": ["fedftg.lr_student=0.02"],
+    "tuned, lambda_md 0, lr 0.01": ["fedftg.lr_student=0.01"],
     "tuned, lambda_md 0, lr 0.05, class-weighted teacher": ["fedftg.lr_student=0.05", "fedftg.teacher=class"],
     "tuned, lambda_md 0.1, lr 0.05": ["fedftg.lr_student=0.05", "fedftg.lambda_md=0.1"],
     "tuned, lambda_md 0, lr 0.05, eval-mode generator": ["fedftg.lr_student=0.05", "fedftg.generator_norm=eval"],
 }
 
 
-def main(dataset: str, out: Path) -> None:
+def main(dataset: str, out: Path, only: list[str]) -> None:
     keep_freed_memory()
     for name, keys in CANDIDATES.items():
+        if only and name not in only:
+            continue
         base = ["method=fedavg+fedftg", "fedftg.mode=tuned", "fedftg.generator_width=16", f"data.name={dataset}"]
         federation, _ = build(load_config(None, [*base, *COMMON, *SETTINGS[dataset], *keys]))
         state, fused, refined, seen = federation.start(), [], [], {}
@@ -68,4 +71,4 @@ def main(dataset: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "tune.jsonl"))
+    main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "tune.jsonl"), sys.argv[3:])

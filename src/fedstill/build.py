@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedstill.client import LocalTrainer
+from fedstill.client import LocalTrainer, random_layers
 from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
@@ -70,6 +70,15 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         raise InputError("fusion.head = 'class-weighted' needs a linear head: name it with model.head")
     config = with_fixed_steps(config, method, info)
     check_batches(config, stateless, info)
+    for refinement in method.refinements:
+        refinement.check(stateless, info)
+    said = notes(partition, raw.class_names, config.local.batch_size)
+    if kinds := random_layers(stateless.module):
+        config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
+        said.append(
+            f"{config.model.name} has {', '.join(kinds)}, which draw from one random stream of the whole process: "
+            f"clients are trained one after another"
+        )
     stateless.module.to(device)
     train = splits.train.to(device)
     trainer = LocalTrainer(
@@ -80,7 +89,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     initial = initial.to(device)
     executor = executor_of(config, stateless, len(shares))
     federation = Federation(config, method, info, partition, stateless, initial, trainer, executor, sets, device)
-    return federation, notes(partition, raw.class_names, config.local.batch_size)
+    return federation, said
 
 
 def partition_of(config: Config, splits: Splits, num_classes: int) -> Partition:

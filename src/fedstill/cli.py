@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedstill import presets
@@ -32,6 +34,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 INTERRUPTED = 130
+NOTHING = "nothing had been written"
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(help="A TOML file, then key=value overrides such as train.rounds=200.")
@@ -72,6 +75,22 @@ def resume(
 
 
 @app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Option("--out", help="Directory; it must not exist.")] = None,
+    short: Annotated[bool, typer.Option(help="Two rounds of two epochs, to see that everything works.")] = False,
+) -> None:
+    """Compare seven methods on handwritten digits: a table, a picture, a run directory for each."""
+    from fedstill.demo import demo as run_demo
+    from fedstill.demo import show as show_demo
+
+    path = directory or Path("demo-runs") / time.strftime("%Y%m%d-%H%M%S")
+    with interruptible(lambda: f"the runs so far are in {path}" if path.exists() else NOTHING):
+        comparison = run_demo(path, short, err)
+    show_demo(comparison, out)
+    out.print(escape(f"the curves are in {path / 'curves.png'}, the table in table.md, the runs beside them"))
+
+
+@app.command()
 def partition(
     arguments: Arguments = None,
     preset: Preset = None,
@@ -93,10 +112,13 @@ def partition(
     )
     shares = partition_of(config, splits, raw.num_classes)
     title = f"{data.name}, {data.partition}, beta {data.beta}, seed {config.seed.data}"
-    draw_partition(shares.counts, raw.class_names, picture, title)
+    try:
+        draw_partition(shares.counts, raw.class_names, picture, title)
+    except OSError as error:
+        raise InputError(f"{picture}: cannot be written ({error.strerror or error})") from error
     for line in notes(shares, raw.class_names, config.local.batch_size):
-        out.print(f"[yellow]note[/] {line}")
-    out.print(f"{picture}  (fingerprint {shares.fingerprint[:16]})")
+        out.print(f"[yellow]note[/] {escape(line)}")
+    out.print(f"{escape(str(picture))}  (fingerprint {shares.fingerprint[:16]})")
 
 
 @app.command()
@@ -162,19 +184,27 @@ def display(quiet: bool) -> Iterator[Observer | None]:
 
 @contextmanager
 def resumable(path: Path) -> Iterator[None]:
-    """Say how to go on when a run is stopped by Ctrl-C, by SIGTERM or by an error."""
+    """Say how to go on when a run is stopped by Ctrl-C or by SIGTERM."""
+    hint = f"go on with: fedstill resume {shlex.quote(str(path))}"
+    with interruptible(lambda: hint if (path / "config.toml").exists() else NOTHING):
+        yield
+
+
+@contextmanager
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """Say what is left when the block is stopped by Ctrl-C or by SIGTERM."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
-    hint = f"go on with: fedstill resume {path}"
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        stopped = "stopped; " + (hint if (path / "config.toml").exists() else "nothing had been written")
-        err.print(stopped)
+        err.print(escape(f"stopped; {left()}"))
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def summary(records: list[dict[str, object]], path: Path) -> None:
@@ -191,14 +221,19 @@ def summary(records: list[dict[str, object]], path: Path) -> None:
                 f"accuracy on {on}: {found[rounds[-1]]:.4f} after round {rounds[-1]}, "
                 f"{found[rounds[0]]:.4f} after round {rounds[0]}, mean over evaluated rounds {mean:.4f}"
             )
-    out.print(f"{megabytes(records):.1f} MB sent; everything is in {path}")
+    out.print(f"{megabytes(records):.1f} MB sent; everything is in {escape(str(path))}")
 
 
 def listing(entries: dict[str, str]) -> None:
-    """Print names with their summaries."""
+    """Print names with their summaries, one entry a line where nobody's terminal is to be fitted."""
+    if not out.is_terminal:
+        widest = max(map(len, entries))
+        for name, text in entries.items():
+            out.print(escape(f"{name:<{widest}}  {text}"))
+        return
     table = Table.grid(padding=(0, 2))
     for name, text in entries.items():
-        table.add_row(f"[bold]{name}[/]", text)
+        table.add_row(f"[bold]{escape(name)}[/]", escape(text))
     out.print(table)
 
 
@@ -207,7 +242,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FedstillError as error:
-        err.print(f"[red]error[/] {error}", markup=True)
+        err.print(f"[red]error[/] {escape(' '.join(str(error).split()))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

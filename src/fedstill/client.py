@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fedstill.config import LocalSettings
 from fedstill.data.dataset import Samples
@@ -16,7 +18,7 @@ from fedstill.errors import RunError
 from fedstill.methods.base import LocalObjective, LocalTask
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
-from fedstill.rng import torch_stream
+from fedstill.rng import seed_of, torch_stream
 from fedstill.training import SGD, Trained, batches, step_count, train_locally
 from fedstill.weights import State
 
@@ -83,25 +85,30 @@ class LocalTrainer:
         own = self.samples.take(self.shares[work.client].to(self.samples.y.device))
         task = self.task(work)
         extras = self.objective.prepare(work.payload, work.state, task)
-        trained = train_locally(
-            model,
-            self.objective,
-            work.payload.weights(),
-            extras,
-            own.x,
-            own.y,
-            self._order(work, task),
-            self._sgd(task),
-            augmentation=self.augmentation,
-            generator=self._augmentation_stream(work),
-        )
+        with layers_draw_from(model.module, own.y.device, seed_of(self.seed, "layers", work.round, work.client)):
+            trained = train_locally(
+                model,
+                self.objective,
+                work.payload.weights(),
+                extras,
+                own.x,
+                own.y,
+                self._order(work, task),
+                self._sgd(task),
+                augmentation=self.augmentation,
+                generator=self._augmentation_stream(work),
+            )
         check_finite(trained, work)
         payload, state = self.objective.finish(work.payload, work.state, trained, task)
         if work.send_label_counts:
-            counts = torch.bincount(own.y.cpu(), minlength=self.num_classes).to(torch.int32)
-            payload = payload.also(Kind.LABEL_COUNTS, {"counts": counts})
+            payload = payload.also(Kind.LABEL_COUNTS, {"counts": self.label_counts(work.client)})
         seconds = time.perf_counter() - began
         return ClientResult(work.client, payload, state, trained.steps, trained.loss, seconds)
+
+    def label_counts(self, client: int) -> Tensor:
+        """Return a client's n_k^y, int32 (classes,)."""
+        own = self.samples.y[self.shares[client].to(self.samples.y.device)]
+        return torch.bincount(own.cpu(), minlength=self.num_classes).to(torch.int32)
 
     def task(self, work: ClientWork) -> LocalTask:
         """Return the learning rate and the number of steps of a client's round."""
@@ -129,7 +136,7 @@ class LocalTrainer:
 
 
 def check_finite(trained: Trained, work: ClientWork) -> None:
-    """Raise RunError where a client's training loss is NaN or infinite."""
+    """Raise RunError where a client's training loss, or the model it ends with, is NaN or infinite."""
     bad = torch.nonzero(~torch.isfinite(trained.losses))
     if len(bad):
         step = int(bad[0])
@@ -138,3 +145,33 @@ def check_finite(trained: Trained, work: ClientWork) -> None:
             f"{float(trained.losses[step])} in local step {step + 1} of {trained.steps}; "
             f"a smaller local.lr or local.clip_norm usually helps"
         )
+    if not trained.weights.all_finite():
+        raise RunError(
+            f"round {work.round + 1}, client {work.client}: the weights became non-finite in the last of "
+            f"{trained.steps} local steps, after a training loss of {float(trained.losses[-1])}; "
+            f"a smaller local.lr or local.clip_norm usually helps"
+        )
+
+
+def random_layers(module: nn.Module) -> list[str]:
+    """Return the kinds of layers in a model that draw from the one random stream of the whole process."""
+    stock = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+    found = {
+        type(part).__name__
+        for part in module.modules()
+        if isinstance(part, stock) or (isinstance(part, nn.MultiheadAttention) and part.dropout > 0)
+    }
+    return sorted(found)
+
+
+@contextmanager
+def layers_draw_from(module: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Give the random layers of a model, where it has any, a stream of their own; not thread safe with them."""
+    if not random_layers(module):
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield

@@ -166,8 +166,6 @@ def _go_on(
         raise
     finally:
         federation.executor.close()
-        if files:
-            files.close()
     if files:
         files.log("finished")
     return Result(config, records, state.server.weights, federation, files.path if files else None)

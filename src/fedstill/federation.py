@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedstill.client import ClientResult, ClientWork, LocalTrainer
+from fedstill.client import ClientResult, ClientWork, LocalTrainer, layers_draw_from
 from fedstill.config import Config
 from fedstill.data.dataset import Samples
 from fedstill.data.partition import Partition
@@ -20,8 +20,8 @@ from fedstill.evaluation import by_label_mix, evaluate
 from fedstill.execution import Executor, intra_op_threads
 from fedstill.methods.base import FederationInfo, Method, RefineContext, Refined, ServerState, Upload
 from fedstill.models.stateless import Stateless
-from fedstill.payload import Kind, Payload, problem_with
-from fedstill.rng import numpy_stream, torch_stream
+from fedstill.payload import Kind, Payload, problem_with_upload
+from fedstill.rng import numpy_stream, seed_of, torch_stream
 from fedstill.weights import State, Weights
 
 Record = dict[str, object]
@@ -134,11 +134,14 @@ class Federation:
         known = dict(state.label_counts)
         uploads = []
         for result in results:
-            if problem := problem_with(result.payload, self.initial):
-                raise RunError(f"round {state.round + 1}, client {result.client}: refused its upload: {problem}")
-            if Kind.LABEL_COUNTS in result.payload:
-                known[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
             samples = self.info.samples[result.client]
+            problem = problem_with_upload(result.payload, self.initial, self.info.num_classes, samples)
+            if not problem and Kind.LABEL_COUNTS in result.payload:
+                known[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
+            if not problem and self.method.needs_label_counts and result.client not in known:
+                problem = "it holds no label counts"
+            if problem:
+                raise RunError(f"round {state.round + 1}, client {result.client}: refused its upload: {problem}")
             uploads.append(Upload(result.client, result.payload, samples, result.steps, known.get(result.client)))
         return uploads, known
 
@@ -151,7 +154,9 @@ class Federation:
         for refinement, own in zip(self.method.refinements, state.refinements, strict=True):
             teachers = self.teachers(uploads)
             context = self.context(state.round, uploads, refinement.simulation_only)
-            with intra_op_threads(self.config.execution.server_threads):
+            seed = seed_of(self.config.seed.train, "layers", state.round, refinement.name)
+            layers = layers_draw_from(self.model.module, self.device, seed)
+            with intra_op_threads(self.config.execution.server_threads), layers:
                 refined: Refined = refinement.refine(self.model, server.weights, teachers, own, context)
             if not refined.weights.all_finite():
                 raise RunError(
@@ -179,14 +184,12 @@ class Federation:
     def teachers(self, uploads: Sequence[Upload]) -> StackedTeachers:
         """Return the cohort's models as one stack.
 
-        Label counts come from the uploads; where the method does not ask for them, from the partition, which
+        Label counts come from the uploads; where the method does not ask for them, from the clients' data, which
         only a simulation knows.
         """
         counts = torch.stack(
             [
-                torch.from_numpy(self.partition.counts[upload.client])
-                if upload.label_counts is None
-                else upload.label_counts
+                self.trainer.label_counts(upload.client).long() if upload.label_counts is None else upload.label_counts
                 for upload in uploads
             ]
         )

@@ -107,17 +107,39 @@ def problem_with(payload: Payload, like: Weights) -> str | None:
         return "it holds no weights"
     got = payload.weights()
     for kind, have, want in (("weights", got.params, like.params), ("buffers", got.buffers, like.buffers)):
-        if missing := sorted(want.keys() - have.keys()):
-            return f"{kind} lack {missing[0]!r}"
-        if extra := sorted(have.keys() - want.keys()):
-            return f"{kind} have an unknown tensor {extra[0]!r}"
-        for name, value in have.items():
-            if value.shape != want[name].shape or value.dtype != want[name].dtype:
-                return f"{name!r} is {describe(value)}, expected {describe(want[name])}"
+        if problem := _mismatch(kind, have, want):
+            return problem
     for kind_, tensors in payload.parts.items():
         for name, value in tensors.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 return f"{kind_.value} {name!r} is not finite"
+    return None
+
+
+def problem_with_upload(payload: Payload, like: Weights, num_classes: int, samples: int) -> str | None:
+    """Say what is wrong with a client's upload, or None: its model, its control variate, its label counts."""
+    problem = problem_with(payload, like)
+    if not problem and Kind.CONTROL_VARIATE in payload:
+        problem = _mismatch(Kind.CONTROL_VARIATE.value, payload[Kind.CONTROL_VARIATE], like.params)
+    if problem or Kind.LABEL_COUNTS not in payload:
+        return problem
+    counts = payload[Kind.LABEL_COUNTS].get("counts")
+    if counts is None or counts.is_floating_point() or tuple(counts.shape) != (num_classes,):
+        got = "missing" if counts is None else describe(counts)
+        return f"its label counts are {got}, expected {num_classes} integers"
+    if bool((counts < 0).any()) or int(counts.sum()) != samples:
+        return f"its label counts {counts.tolist()} are not those of its {samples} samples"
+    return None
+
+
+def _mismatch(kind: str, have: Tensors, want: Tensors) -> str | None:
+    if missing := sorted(want.keys() - have.keys()):
+        return f"{kind} lack {missing[0]!r}"
+    if extra := sorted(have.keys() - want.keys()):
+        return f"{kind} have an unknown tensor {extra[0]!r}"
+    for name, value in have.items():
+        if value.shape != want[name].shape or value.dtype != want[name].dtype:
+            return f"{kind} {name!r} is {describe(value)}, expected {describe(want[name])}"
     return None
 
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedstill.federation import Federation, FederationState, Record
@@ -24,23 +25,24 @@ class ProgressDisplay:
         self._clients: TaskID | None = None
 
     def __enter__(self) -> ProgressDisplay:
-        self.bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bars.stop()
+        if self._rounds is not None:
+            self.bars.stop()
 
     def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
         """Show what begins, and what is worth knowing about its data."""
         config = federation.config
         self.bars.console.print(
-            f"[bold]{config.method}[/] on {config.data.name}: {len(federation.info.samples)} clients, "
+            f"[bold]{escape(config.method)}[/] on {escape(config.data.name)}: {len(federation.info.samples)} clients, "
             f"{config.data.partition}, seed {config.seed.data}/{config.seed.train}"
         )
         for line in notes:
-            self.bars.console.print(f"[yellow]note[/] {line}")
+            self.bars.console.print(f"[yellow]note[/] {escape(line)}")
+        self.bars.start()
         self._rounds = self.bars.add_task("rounds ", total=config.train.rounds, completed=state.round)
         self._clients = self.bars.add_task("clients", total=None)
 

@@ -558,9 +558,9 @@ def test_a_returned_state_no_longer_follows_the_generator() -> None:
 
 
 def test_the_batchnorm_term_needs_batchnorm() -> None:
-    model, student, teachers = stacked(norm=False)
+    model, _, _ = stacked(norm=False)
     with pytest.raises(InputError, match="lambda_bn"):
-        ftg(lambda_bn=0.1).refine(model, student, teachers, {}, context())
+        ftg(lambda_bn=0.1).check(model, context().info)
 
 
 def test_real_inputs_come_with_their_own_labels_and_only_in_simulation() -> None:

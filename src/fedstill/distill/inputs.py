@@ -33,6 +33,7 @@ class StreamDraws:
     all_labels: Tensor
     generator: torch.Generator
     noise_dim: int
+    dtype: torch.dtype = torch.float32
 
     def labels(self, iteration: int) -> Tensor:
         """Return one row of the labels."""
@@ -41,7 +42,7 @@ class StreamDraws:
     def noise(self, iteration: int, step: int) -> Tensor:
         """Return the next draw."""
         shape = (self.all_labels.shape[1], self.noise_dim)
-        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.dtype)
 
 
 class Inputs(Protocol):
@@ -71,11 +72,12 @@ class NoiseInputs:
 
     shape: tuple[int, ...]
     stream: torch.Generator
+    dtype: torch.dtype = torch.float32
 
     def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return noise, whatever the label."""
         shape = (len(labels), *self.shape)
-        return torch.randn(shape, generator=self.stream, device=labels.device), labels
+        return torch.randn(shape, generator=self.stream, device=labels.device, dtype=self.dtype), labels
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,9 @@ class Refinement(Protocol):
     needs_label_counts: bool
     simulation_only: bool
 
+    def check(self, model: Stateless, info: FederationInfo) -> None:
+        """Raise InputError, before round 0, where the settings do not fit the model or the data."""
+
     def refine(
         self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RefineContext
     ) -> Refined:

@@ -134,6 +134,20 @@ class FedFTG:
         """True for ``inputs = "real"``: no real server has the clients' data."""
         return self.settings.inputs == "real"
 
+    def check(self, model: Stateless, info: FederationInfo) -> None:
+        """Refuse settings that do not fit the model or the data, before round 0.
+
+        Raises
+        ------
+        InputError
+            ``lambda_bn`` without BatchNorm, or inputs of which the generator cannot make any.
+        """
+        keys = self.settings
+        if keys.lambda_bn and not batch_norms(model.module):
+            raise InputError("fedftg.lambda_bn needs a model with BatchNorm: set model.norm = 'bn' or lambda_bn = 0")
+        if keys.inputs == "generator":
+            initial_generator(0, 1, 1, info.num_classes, info.input_shape, torch.device("cpu"))
+
     def refine(
         self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RefineContext
     ) -> Refined:
@@ -159,14 +173,13 @@ class FedFTG:
         keys = self.settings
         if keys.iterations == 0:
             return Refined(student, state, {})
-        if keys.lambda_bn and not batch_norms(model.module):
-            raise InputError("fedftg.lambda_bn needs a model with BatchNorm: set model.norm = 'bn' or lambda_bn = 0")
-        generator = self._generator(state, context) if keys.inputs == "generator" else None
+        dtype = next(iter(student.params.values())).dtype
+        generator = self._generator(state, context).to(dtype) if keys.inputs == "generator" else None
         labels = draw_labels(
             keys.labels, teachers.counts, keys.iterations, keys.batch_size, context.stream("distillation-labels")
         )
-        draws = StreamDraws(labels, context.stream("distillation-noise"), keys.noise_dim)
-        inputs = generated(generator, keys) if generator is not None else self._other_inputs(context)
+        draws = StreamDraws(labels, context.stream("distillation-noise"), keys.noise_dim, dtype)
+        inputs = generated(generator, keys) if generator is not None else self._other_inputs(context, dtype)
         run = Distillation(keys, model, student, teachers, inputs, draws, generator, context.lr_factor)
         weights = run.run()
         kept = {"generator": module_state(generator)} if generator is not None else {}
@@ -182,10 +195,10 @@ class FedFTG:
             made.load_state_dict(state["generator"])
         return made
 
-    def _other_inputs(self, context: RefineContext) -> Inputs:
+    def _other_inputs(self, context: RefineContext, dtype: torch.dtype) -> Inputs:
         stream = context.stream("distillation-inputs")
         if self.settings.inputs == "noise":
-            return NoiseInputs(context.info.input_shape, stream)
+            return NoiseInputs(context.info.input_shape, stream, dtype)
         if context.real is None:
             raise InputError("fedftg.inputs = 'real' is an oracle for simulation: no server has the clients' data")
         return RealInputs(context.real, stream)
@@ -240,6 +253,7 @@ class FedFTG:
         context = RefineContext(
             round, info, 1.0, lambda purpose: torch_stream(self.seed, purpose, round, device=device), device
         )
+        self.check(Stateless(student), info)
         model = Stateless(student).clone()  # the student may itself be one of the teachers
         refined = self.refine(model, Weights(params, buffers), ModuleTeachers(teachers, counts), state or {}, context)
         student.load_state_dict({**refined.weights.params, **refined.weights.buffers}, strict=False)

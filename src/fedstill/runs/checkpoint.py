@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -84,18 +85,19 @@ class CheckpointStore:
     def _load(self, path: Path) -> FederationState:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
-            known = manifest["format"] == FORMAT
-            server, clients, count = manifest["server"], manifest["clients"], int(manifest["refinements"])
-            round, fingerprint = int(manifest["round"]), manifest["fingerprint"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            form, fingerprint = manifest["format"], manifest["fingerprint"]
+            round, count = int(manifest["round"]), int(manifest["refinements"])
+            server = _entry(manifest["server"])
+            clients = {int(client): _entry(entry) for client, entry in manifest["clients"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
-        if not known:
-            raise InputError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}")
+        if form != FORMAT:
+            raise InputError(f"{path}: format {form!r}, expected {FORMAT!r}")
         if fingerprint != self.fingerprint:
             raise InputError(f"{path}: it belongs to another experiment than config.toml beside it describes")
         tensors = self._read(server)
-        self._written = {int(client): entry for client, entry in clients.items()}
-        self._states = {client: _state(self._read(entry), "") for client, entry in self._written.items()}
+        self._written = clients
+        self._states = {client: _state(self._read(entry), "") for client, entry in clients.items()}
         weights = Weights(_under(tensors, "params/"), _under(tensors, "buffers/"))
         return FederationState(
             round,
@@ -106,7 +108,11 @@ class CheckpointStore:
         )
 
     def _write(self, name: str, tensors: Tensors) -> dict[str, str]:
-        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        # Copies: safetensors refuses tensors that share memory, as the global model and SCAFFOLD's fused one may.
+        copies = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
+        }
+        data = save(copies)
         write_atomically(self.root / name, data)
         return {"file": name, "sha256": sha256(data)}
 
@@ -125,20 +131,28 @@ class CheckpointStore:
         return tensors
 
     def _manifests(self) -> list[Path]:
-        return sorted((self.root / "checkpoints").glob("round-*.json"))
+        found = (self.root / "checkpoints").glob("round-*.json")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _remove_old(self) -> None:
         kept = self._manifests()[-self.keep :]
-        named = {path for path in kept}
+        named = set(kept)
         for path in kept:
-            manifest = json.loads(path.read_text())
-            entries = [manifest["server"], *manifest["clients"].values()]
+            try:
+                manifest = json.loads(path.read_text())
+                entries = [_entry(entry) for entry in (manifest["server"], *manifest["clients"].values())]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # an older one that is damaged; nobody can go on from it
             named |= {self.root / entry["file"] for entry in entries}
         with disk_errors(self.root):
             for folder in ("checkpoints", "clients"):
                 for path in (self.root / folder).rglob("round-*"):
                     if path not in named:
                         path.unlink()
+
+
+def _entry(entry: Any) -> dict[str, str]:
+    return {"file": str(entry["file"]), "sha256": str(entry["sha256"])}
 
 
 def _server_tensors(state: FederationState) -> Tensors:

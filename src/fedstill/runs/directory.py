@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from fedstill.runs.environment import environment
 from fedstill.runs.files import disk_errors, sha256, write_atomically
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+    from fedstill.runs.events import EventFile
 
 
 @dataclass
@@ -39,7 +40,7 @@ class RunDirectory:
     path: Path
     config: Config
     store: CheckpointStore
-    _events: SummaryWriter | None = None
+    _events: EventFile | None = None
 
     @staticmethod
     def create(path: Path, federation: Federation) -> RunDirectory:
@@ -50,8 +51,14 @@ class RunDirectory:
         InputError
             If it is there already; nothing is written over.
         """
-        if path.exists():
-            raise InputError(f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise InputError(
+                f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{path}: this directory cannot be made ({error.strerror or error})") from error
         config = federation.config
         counts = federation.partition.counts.tolist()
         write_atomically(path / "config.toml", to_toml(config).encode())
@@ -82,6 +89,8 @@ class RunDirectory:
             table: dict[str, Any] = tomllib.loads(file.read_text())
         except FileNotFoundError as error:
             raise InputError(f"{path}: not a run directory, it has no config.toml") from error
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: not valid TOML: {error}") from error
         return config_from(table, str(file))
@@ -97,7 +106,7 @@ class RunDirectory:
         """
         try:
             stored = json.loads((path / "partition.json").read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path / 'partition.json'}: missing or damaged") from error
         if stored != federation.partition.fingerprint:
             raise InputError(f"{path}: the data give another partition than when this run began")
@@ -114,15 +123,15 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         with disk_errors(file), file.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())  # before the checkpoint, which must not know rounds that the metrics do not
         with disk_errors(self.path / "tensorboard"):
+            step = int(str(record["round"]))
             if self._events is None:
-                from torch.utils.tensorboard.writer import SummaryWriter
+                from fedstill.runs.events import EventFile
 
-                step = int(str(record["round"]))
-                self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-            for name, value in flatten(record):
-                self._events.add_scalar(name, value, int(str(record["round"])))
-            self._events.flush()
+                self._events = EventFile(self.path / "tensorboard", step)
+            self._events.add(flatten(record), step)
 
     def log(self, line: str) -> None:
         """Add a line to the log, with the time."""
@@ -131,16 +140,11 @@ class RunDirectory:
         with disk_errors(file), file.open("a") as lines:
             lines.write(f"{stamp} {line}\n")
 
-    def close(self) -> None:
-        """Close the TensorBoard file."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
     computed = config.model_dump(
-        mode="json", exclude={"eval": True, "execution": {"executor", "workers"}, "checkpoint": True}
+        mode="json",
+        exclude={"eval": True, "execution": {"executor", "workers"}, "checkpoint": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()))
