@@ -22,7 +22,7 @@ ONE_THREAD = ["execution.executor=serial", "execution.intra_op_threads=1", "exec
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "fashion, few rounds": ("fashion-few-rounds", ["model.width=8"]),
     "fashion, many rounds": ("fashion-many-rounds", ["model.width=8"]),
-    "cifar10, few rounds": ("cifar10-few-rounds", []),
+    "cifar10, few rounds": ("cifar10-few-rounds", ["model.width=8"]),
 }
 VARIANTS: dict[str, list[str]] = {
     "FedAvg": ["method=fedavg"],

@@ -1,4 +1,4 @@
-"""Federations small enough for a test: digits, a few hundred samples, a perceptron of sixteen units."""
+"""Federations small enough for a test: digits, a few hundred samples, a perceptron."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from fedstill.weights import State, Weights
 SMALL: dict[str, Any] = {
     "method": "fedavg",
     "data": {"train_samples": 200, "test_samples": 100, "clients": 4, "partition": "iid"},
-    "model": {"name": "mlp", "hidden": [16]},
+    "model": {"name": "mlp"},
     "train": {"rounds": 2},
     "local": {"epochs": 1, "batch_size": 16},
     "fedftg": {"iterations": 2, "generator_width": 4, "noise_dim": 8, "batch_size": 10},
     "execution": {"executor": "serial", "device": "cpu"},
 }
-
 
 
 def small(*overrides: str) -> Config:

@@ -176,7 +176,7 @@ def _leave_resumable(files: RunDirectory, state: FederationState, saved: Federat
     try:
         if state is not saved:
             files.store.save(state)
-        files.log(f"stopped after round {state.round}: {error or type(error).__name__}")
+        files.log(f"stopped after round {state.round}: {str(error) or type(error).__name__}")
     except FedstillError:
         # The disk that stopped the run refuses this too; the checkpoint before is intact, the first error goes up.
         return

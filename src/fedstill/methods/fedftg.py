@@ -76,6 +76,7 @@ MODES: dict[str, dict[str, object]] = {
         "lambda_md": 0.0,
         "iterations": 100,
         "noise_dim": 64,
+        "lr_student": 0.02,
         "generator_norm": "train",
     },
 }
@@ -91,7 +92,7 @@ class FedFTGSettings(DistillationSettings):
     @model_validator(mode="before")
     @classmethod
     def _mode_fills_what_is_not_given(cls, given: Any) -> Any:
-        return {**MODES.get(given.get("mode", "paper"), {}), **given} if isinstance(given, dict) else given
+        return {**MODES.get(str(given.get("mode", "paper")), {}), **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _rules(self) -> FedFTGSettings:

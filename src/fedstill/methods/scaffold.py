@@ -66,7 +66,7 @@ class ScaffoldSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _mode_fills_what_is_not_given(cls, given: Any) -> Any:
-        return {**MODES.get(given.get("mode", "paper"), {}), **given} if isinstance(given, dict) else given
+        return {**MODES.get(str(given.get("mode", "paper")), {}), **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
@@ -17,10 +20,23 @@ from fedstill.runs.files import disk_errors
 SIZE = (8.4, 4.8)  # inches
 HUES = (("#0072B2", "#56B4E9"), ("#B03A00", "#E69F00"), ("#00674F", "#00B287"), ("#8F3D74", "#CC79A7"))
 """A base's colour and its variants', after Okabe and Ito: told apart by colour-blind readers."""
+SHADES = (0, 1, 1, 0, 1)
 DASHES = ("-", (0, (1, 1.2)), (0, (4, 1.6)), "-", (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "v", "s", "D", "^")
-"""By variant: the same for the variants of the same name of two bases."""
+"""By variant: the same for variants of one name on two bases."""
 GAP = 0.048  # between two labels, as a part of the axes' height
+HALO = withStroke(linewidth=2.5, foreground="white")
+DOWN = "\N{DOWNWARDS ARROW}"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a curve is drawn."""
+
+    colour: str
+    dashes: Any
+    marker: str
+    width: float
 
 
 def draw_curves(curves: Sequence[Curve], bounds: Sequence[Bound], path: Path, title: str) -> None:
@@ -45,28 +61,22 @@ def draw_curves(curves: Sequence[Curve], bounds: Sequence[Bound], path: Path, ti
     low, high = _range(curves, bounds)
     axes.set_ylim(low, high)
     axes.set_xlim(first - 0.06 * max(last - first, 1), last)
-    kinds = _kinds(curves)
-    families = [curve.name for curve in curves if curve.base is None]
     for bound in bounds:
-        _draw_bound(axes, bound, low)
-    ended = []
-    for curve in curves:
-        kind = kinds[_variant(curve)] % len(MARKERS)
-        hue = HUES[families.index(curve.base or curve.name) % len(HUES)]
-        colour = hue[0] if kind in (0, 3) else hue[1]
+        _draw_bound(axes, bound, low, last)
+    styled = list(zip(curves, styles(curves), strict=True))
+    for curve, style in styled:
         axes.plot(
             list(curve.accuracies),
             list(curve.accuracies.values()),
-            color=colour,
-            linestyle=DASHES[kind],
-            marker=MARKERS[kind],
+            color=style.colour,
+            linestyle=style.dashes,
+            linewidth=style.width,
+            marker=style.marker,
             markersize=5,
-            linewidth=2.2 if kind else 1.6,
             clip_on=False,
             zorder=3,
         )
-        ended.append((curve, colour))
-    _label_ends(axes, ended, low, high)
+    _label_ends(axes, styled, low, high)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
@@ -84,59 +94,55 @@ def _range(curves: Sequence[Curve], bounds: Sequence[Bound]) -> tuple[float, flo
     return max(min(shown) - 2 * room, 0.0), min(max(shown) + room, 1.0)
 
 
-def _variant(curve: Curve) -> str:
-    return curve.name.removeprefix(curve.base) if curve.base else ""
+def styles(curves: Sequence[Curve]) -> list[Style]:
+    """Return a style for each curve: the colours by its base, dashes and marker by what was changed in it."""
+    families = list(dict.fromkeys(curve.base or curve.name for curve in curves))
+    changes = [curve.name.removeprefix(curve.base) if curve.base else "" for curve in curves]
+    kinds = list(dict.fromkeys(["", *changes]))
+    found = []
+    for curve, change in zip(curves, changes, strict=True):
+        kind = kinds.index(change) % len(MARKERS)
+        hue = HUES[families.index(curve.base or curve.name) % len(HUES)]
+        found.append(Style(hue[SHADES[kind]], DASHES[kind], MARKERS[kind], 2.2 if kind else 1.5))
+    return found
 
 
-def _kinds(curves: Sequence[Curve]) -> dict[str, int]:
-    variants = dict.fromkeys(["", *(_variant(curve) for curve in curves)])
-    return {variant: number for number, variant in enumerate(variants)}
-
-
-def _draw_bound(axes: Axes, bound: Bound, low: float) -> None:
-    across = blended_transform_factory(axes.transAxes, axes.transData)
-    name = f"{bound.kind}: {bound.name}, {bound.last:.1%}"
+def _draw_bound(axes: Axes, bound: Bound, low: float, last: int) -> None:
+    known = list(bound.accuracies)
+    when = f" of round {known[0]}" if known != [last] and len(known) == 1 else ""
+    name = f"{bound.kind}: {bound.name}{when}, {bound.last:.1%}"
+    style: dict[str, Any] = {"color": "0.35", "fontsize": 8, "zorder": 4, "path_effects": [HALO]}
     if bound.last < low:
-        axes.text(
-            0.99, 0.015, f"{name} \N{DOWNWARDS ARROW}", transform=axes.transAxes, color="0.35", fontsize=8, ha="right"
-        )
+        axes.text(0.99, 0.015, f"{name} {DOWN}", transform=axes.transAxes, ha="right", **style)
         return
-    axes.axhline(bound.last, color="0.6", linewidth=1, linestyle="-", zorder=1)
-    axes.text(0.008, bound.last, name, transform=across, color="0.35", fontsize=8, va="bottom")
+    axes.axhline(bound.last, color="0.6", linewidth=1, zorder=1)
+    across = blended_transform_factory(axes.transAxes, axes.transData)
+    axes.text(0.008, bound.last, name, transform=across, va="bottom", **style)
 
 
-def _label_ends(axes: Axes, ended: Sequence[tuple[Curve, str]], low: float, high: float) -> None:
+def _label_ends(axes: Axes, ended: Sequence[tuple[Curve, Style]], low: float, high: float) -> None:
     """Write every curve's name and last accuracy beside its end, moved apart where ends are close."""
     order = sorted(ended, key=lambda pair: pair[0].last)
     wanted = [(curve.last - low) / (high - low) for curve, _ in order]
-    for (curve, colour), height in zip(order, spread(wanted, GAP), strict=True):
-        axes.annotate(
-            f"{curve.last:.1%}  {curve.name}",
-            xy=(1.0, (curve.last - low) / (high - low)),
-            xytext=(1.05, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=9,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5},
-        )
+    outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+    for (curve, style), end, height in zip(order, wanted, spread(wanted, GAP), strict=True):
+        axes.plot([1.01, 1.045], [end, height], color=style.colour, linewidth=0.7, **outside)
+        axes.plot([1.06], [height], color=style.colour, marker=style.marker, markersize=5, **outside)
+        text = f"{curve.last:.1%}  {curve.name}"
+        axes.text(1.075, height, text, color="0.15", fontsize=9, va="center", transform=axes.transAxes)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Return ascending heights moved as little as needed to be ``gap`` apart: close ones share a centred stack."""
+    """Return ascending heights moved apart: those closer than ``gap`` share a centred stack, below 1."""
     stacks: list[list[float]] = []
     for height in heights:
         stacks.append([height])
-        while len(stacks) > 1 and _top(stacks[-2], gap) + gap > _bottom(stacks[-1], gap):
+        while len(stacks) > 1 and _bottom(stacks[-1], gap) < _bottom(stacks[-2], gap) + gap * len(stacks[-2]):
             above = stacks.pop()
             stacks[-1] += above
     return [_bottom(stack, gap) + gap * place for stack in stacks for place in range(len(stack))]
 
 
 def _bottom(stack: Sequence[float], gap: float) -> float:
-    return sum(stack) / len(stack) - gap * (len(stack) - 1) / 2
-
-
-def _top(stack: Sequence[float], gap: float) -> float:
-    return sum(stack) / len(stack) + gap * (len(stack) - 1) / 2
+    height = gap * (len(stack) - 1)
+    return min(sum(stack) / len(stack) - height / 2, 1 - height)

@@ -112,8 +112,8 @@ def header(curves: Sequence[Curve]) -> list[str]:
         f"round {last}",
         "mean",
         f"rounds to {GOAL:.0%}",
-        "seconds",
-        "server seconds",
+        "total s",
+        "server s",
         "MB sent",
     ]
 
@@ -148,7 +148,7 @@ def rich_table(curves: Sequence[Curve], bounds: Sequence[Bound], title: str) -> 
     """Return the table for a terminal; the best of each accuracy column is bold."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column, name in enumerate(header(curves)):
-        widest = max(5, *map(len, name.split())) if column else None
+        widest = max(map(len, name.split()), default=0)
         table.add_column(name, justify="right" if column else "left", no_wrap=not column, min_width=widest)
     best = [max(column) for column in zip(*((curve.first, curve.last, curve.mean) for curve in curves))]
     for curve in curves:

@@ -1,0 +1,76 @@
+"""Jobs in worker processes: order, news, errors, ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from fedstill.errors import InputError, RunError
+from fedstill.pool import run_jobs
+
+
+@dataclass(frozen=True)
+class Square:
+    number: int
+    seconds: float = 0.0
+
+    def __call__(self, tell: Callable[[object], None]) -> int:
+        tell(self.number)
+        time.sleep(self.seconds)
+        return self.number**2
+
+
+@dataclass(frozen=True)
+class Fail:
+    error: Exception
+
+    def __call__(self, tell: Callable[[object], None]) -> int:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class Die:
+    def __call__(self, tell: Callable[[object], None]) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def test_results_and_news_belong_to_their_jobs() -> None:
+    heard: list[tuple[int, int]] = []
+    jobs = [Square(3, 0.3), Square(5), Square(7)]
+    assert run_jobs(jobs, 2, lambda job, news: heard.append((job, news))) == [9, 25, 49]
+    assert sorted(heard) == [(0, 3), (1, 5), (2, 7)]
+    assert run_jobs([], 2) == []
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "text"),
+    [
+        (Fail(InputError("no such thing")), InputError, "no such thing"),
+        (Fail(ValueError("a bug")), RuntimeError, "ValueError: a bug"),
+        (Die(), RunError, "killed"),
+    ],
+)
+def test_an_error_ends_all(job: Fail | Die, error: type[Exception], text: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(error, match=text):
+        run_jobs([Square(2, 120), job], 2)
+    assert time.monotonic() - began < 60
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupt_ends_all() -> None:
+    def interrupt(job: int, news: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([Square(2, 120), Square(3, 120)], 2, interrupt)
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is before
