@@ -41,6 +41,12 @@ class Die:
         return 0
 
 
+@dataclass(frozen=True)
+class Leave:
+    def __call__(self, tell: Callable[[object], None]) -> int:
+        raise SystemExit(3)
+
+
 def test_results_and_news_belong_to_their_jobs() -> None:
     heard: list[tuple[int, int]] = []
     jobs = [Square(3, 0.3), Square(5), Square(7)]
@@ -54,10 +60,11 @@ def test_results_and_news_belong_to_their_jobs() -> None:
     [
         (Fail(InputError("no such thing")), InputError, "no such thing"),
         (Fail(ValueError("a bug")), RuntimeError, "ValueError: a bug"),
-        (Die(), RunError, "killed"),
+        (Die(), RunError, "killed by signal 9"),
+        (Leave(), RunError, "ended with exit code 3"),
     ],
 )
-def test_an_error_ends_all(job: Fail | Die, error: type[Exception], text: str) -> None:
+def test_an_error_ends_all(job: Fail | Die | Leave, error: type[Exception], text: str) -> None:
     began = time.monotonic()
     with pytest.raises(error, match=text):
         run_jobs([Square(2, 120), job], 2)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any, Literal, Protocol, TypeVar
 
 from fedstill.errors import FedstillError, RunError
@@ -50,13 +51,13 @@ def run_jobs(
     Raises
     ------
     FedstillError
-        What a job raised first, or RunError where a process was killed.
+        What a job raised first, or RunError where a process ended before its job did.
     """
     context = get_context("spawn")
     waiting = deque(enumerate(jobs))
     results: dict[int, Result] = {}
     busy: dict[Connection, int] = {}
-    processes = []
+    processes: dict[Connection, SpawnProcess] = {}
 
     def go_on(pipe: Connection) -> None:
         if waiting:
@@ -71,13 +72,13 @@ def run_jobs(
             process = context.Process(target=_work, args=(there,), daemon=True)
             with _interrupts_ignored():
                 process.start()
-            processes.append(process)
+            processes[here] = process
             there.close()
             go_on(here)
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
-                kind, content = _receive(pipe)
+                kind, content = _receive(pipe, processes[pipe])
                 if kind == "news":
                     hear(busy[pipe], content)
                     continue
@@ -86,18 +87,21 @@ def run_jobs(
                 results[busy.pop(pipe)] = content
                 go_on(pipe)
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
-        for process in processes:
+        for process in processes.values():
             process.join()
     return [results[position] for position in range(len(jobs))]
 
 
-def _receive(pipe: Connection) -> Message:
+def _receive(pipe: Connection, process: SpawnProcess) -> Message:
     try:
         message: Message = pipe.recv()
     except (EOFError, ConnectionError) as error:
-        raise RunError("a worker process was killed; was there enough memory?") from error
+        process.join(timeout=5)
+        code = process.exitcode or 0
+        how = f"was killed by signal {-code}; was there enough memory?" if code < 0 else f"ended with exit code {code}"
+        raise RunError(f"a worker process {how}") from error
     return message
 
 

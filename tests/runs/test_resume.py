@@ -477,7 +477,7 @@ COMMAND = [sys.executable, "-c", "import sys; from fedstill.cli import main; sys
 def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Yield the command line at work on a long run, once two rounds are recorded."""
     path, file = tmp_path / "run", tmp_path / "mine.toml"
-    file.write_text(to_toml(small("method=scaffold", "train.rounds=80", "local.epochs=2")))
+    file.write_text(to_toml(small("method=scaffold", "train.rounds=100000")))
 
     def hear_ctrl_c() -> None:  # a job in the background inherits that it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -502,15 +502,6 @@ def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path, long_run: subprocess.Popen[str]) -> None:
-    long_run.send_signal(signal.SIGKILL)
-    assert long_run.wait(30) == -signal.SIGKILL
-    path, whole = tmp_path / "run", tmp_path / "whole"
-    assert 2 <= len(read_metrics(path)) < 80
-    result = resume(path)
-    assert_same_run(path, result, whole, run(RunDirectory.read_config(path), directory=whole))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_resumable_run_and_says_how(
     tmp_path: Path, long_run: subprocess.Popen[str], number: signal.Signals
@@ -527,53 +518,70 @@ def test_a_signal_leaves_a_resumable_run_and_says_how(
     assert last_state(path).round == done
 
 
-FULL = """
-import resource, sys
+HIT = """
+import os, resource, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from fedstill import cli
 from fedstill.experiment import Silent
 
-path, where = Path(sys.argv.pop(1)), sys.argv.pop(1)
+path, by = Path(sys.argv.pop(1)), sys.argv.pop(1)
 
-def size(pattern):
-    return max(file.stat().st_size for file in path.rglob(pattern))
-
-class Full(Silent):
+class Hit(Silent):
     def client_done(self, round, done, of):
-        if round == 2 and done == 1:
-            room = {"metrics": 0, "checkpoint": size("*.safetensors") - 1}[where]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        if round != 2 or done != 1:
+            return
+        if by == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        largest = max(file.stat().st_size for file in path.rglob("*.safetensors"))
+        room = {"no room at all": 0, "room for all but a checkpoint": largest - 1}[by]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 @contextmanager
 def display(quiet):
-    yield Full()
+    yield Hit()
 
 cli.display = display
 cli.main()
 """
 
 
-@pytest.mark.parametrize("where", ["metrics", "checkpoint"])
-def test_a_full_disk_leaves_the_last_good_checkpoint(
-    tmp_path: Path, where: str, whole_runs: dict[str, tuple[Path, Result]]
-) -> None:
-    path, file = tmp_path / "run", tmp_path / "mine.toml"
+def hit_in_round_3(path: Path, by: str) -> subprocess.CompletedProcess[str]:
+    """Run SCAFFOLD+FedFTG by the command line and let something happen to its process in the third round."""
+    file = path.with_name("mine.toml")
     file.write_text(to_toml(small(*SCAFFOLD_FEDFTG)))
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path), where, "run", str(file), "--out", str(path)],
+    return subprocess.run(
+        [sys.executable, "-c", HIT, str(path), by, "run", str(file), "--out", str(path)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=120,
         check=False,
     )
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]) -> None:
+    path = tmp_path / "run"
+    assert hit_in_round_3(path, "kill").returncode == -signal.SIGKILL
+    assert checkpoints(path) == [1, 2]
+    assert "stopped" not in (path / "log.txt").read_text(), "it had no time to say anything"
+    assert_same_run(path, resume(path), *whole_runs["scaffold+fedftg"])
+
+
+@pytest.mark.parametrize(
+    ("by", "file"), [("no room at all", "metrics.jsonl"), ("room for all but a checkpoint", "round-00003")]
+)
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path: Path, by: str, file: str, whole_runs: dict[str, tuple[Path, Result]]
+) -> None:
+    path = tmp_path / "run"
+    done = hit_in_round_3(path, by)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error ")
     assert "cannot be written" in done.stderr
     assert "fedstill resume" in done.stderr
-    assert {"metrics": "metrics.jsonl", "checkpoint": "round-00003"}[where] in done.stderr
+    assert file in done.stderr
     assert checkpoints(path) == [1, 2]
     assert last_state(path).round == 2
     assert not list(path.rglob("*.partial"))
