@@ -297,8 +297,6 @@ def damaged(change: str) -> Any:
                 return payload.also(Kind.CONTROL_VARIATE, {"head.bias": torch.zeros(1)}), state
             elif change == "counts":
                 return payload.also(Kind.LABEL_COUNTS, {"counts": torch.tensor([-1] * 9 + [59])}), state
-            elif change == "few counts":
-                return payload.also(Kind.LABEL_COUNTS, {"counts": torch.tensor([50])}), state
             return Payload({Kind.WEIGHTS: params}), state
 
     return Damaged()
@@ -314,9 +312,8 @@ def damaged(change: str) -> Any:
         ("missing", "weights lack 'head.bias'"),
         ("extra", "unknown tensor 'tail.bias'"),
         ("empty", "it holds no weights"),
-        ("control", "control-variate lack"),
-        ("counts", "are not those of its 50 samples"),
-        ("few counts", "expected 10 integers"),
+        ("control", "control-variate, which was not asked for"),
+        ("counts", "label-counts, which was not asked for"),
     ],
 )
 def test_a_malformed_upload_goes_no_further(change: str, says: str, executor: str) -> None:
@@ -327,6 +324,31 @@ def test_a_malformed_upload_goes_no_further(change: str, says: str, executor: st
         federation.run_round(state)
     assert caught.value.exit_code == 1
     assert same_weights(state.server.weights, federation.initial)
+    federation.executor.close()
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ([-1] * 9 + [59], "are not those of its 50 samples"),
+        ([5] * 9 + [4], "are not those of its 50 samples"),
+        ([50], r"expected int32 \(10,\)"),
+    ],
+)
+def test_wrong_label_counts_go_no_further(counts: list[int], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation, _ = build(small("fusion.head=class-weighted"))
+    given = torch.tensor(counts, dtype=torch.int32)
+    monkeypatch.setattr(LocalTrainer, "label_counts", lambda self, client: given)
+    with pytest.raises(RunError, match=f"round 1, client 0: refused its upload: .*{says}"):
+        federation.run_round(federation.start())
+    federation.executor.close()
+
+
+def test_a_scaffold_upload_without_its_control_variate_goes_no_further() -> None:
+    federation, _ = build(small("method=scaffold"))
+    federation.trainer.objective = FedAvgObjective()
+    with pytest.raises(RunError, match="refused its upload: it holds no control-variate"):
+        federation.run_round(federation.start())
     federation.executor.close()
 
 

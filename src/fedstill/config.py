@@ -213,6 +213,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: T
         file and line where there is one, and the nearest right name.
     """
     table: Table = deepcopy(base or {})
+    if any(override.partition("=")[0].strip() == "model.name" for override in overrides):
+        table.pop("model", None)  # a preset's width says nothing about another architecture
     text = ""
     if path is not None:
         text = _read(path)

@@ -20,7 +20,7 @@ from fedstill.evaluation import by_label_mix, evaluate
 from fedstill.execution import Executor, intra_op_threads
 from fedstill.methods.base import FederationInfo, Method, RefineContext, Refined, ServerState, Upload
 from fedstill.models.stateless import Stateless
-from fedstill.payload import Kind, Payload, problem_with_upload
+from fedstill.payload import Kind, Payload, problem_with, problem_with_counts
 from fedstill.rng import numpy_stream, seed_of, torch_stream
 from fedstill.weights import State, Weights
 
@@ -133,13 +133,15 @@ class Federation:
         """Check the uploads; nothing malformed or non-finite goes further."""
         known = dict(state.label_counts)
         uploads = []
+        like = self.method.fusion.upload_like(state.server)
+        counts = {"counts": torch.zeros(self.info.num_classes, dtype=torch.int32)}
         for result in results:
             samples = self.info.samples[result.client]
-            problem = problem_with_upload(result.payload, self.initial, self.info.num_classes, samples)
-            if not problem and Kind.LABEL_COUNTS in result.payload:
+            asked = self.method.needs_label_counts and result.client not in known
+            problem = problem_with(result.payload, like.also(Kind.LABEL_COUNTS, counts) if asked else like)
+            if not problem and asked:
                 known[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
-            if not problem and self.method.needs_label_counts and result.client not in known:
-                problem = "it holds no label counts"
+                problem = problem_with_counts(known[result.client], samples)
             if problem:
                 raise RunError(f"round {state.round + 1}, client {result.client}: refused its upload: {problem}")
             uploads.append(Upload(result.client, result.payload, samples, result.steps, known.get(result.client)))

@@ -101,32 +101,32 @@ def scalars(**values: float) -> Tensors:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-def problem_with(payload: Payload, like: Weights) -> str | None:
-    """Say what is wrong with the model in an upload, or None: names, shapes, dtypes, finite values."""
-    if Kind.WEIGHTS not in payload:
-        return "it holds no weights"
-    got = payload.weights()
-    for kind, have, want in (("weights", got.params, like.params), ("buffers", got.buffers, like.buffers)):
-        if problem := _mismatch(kind, have, want):
+def problem_with(payload: Payload, like: Payload) -> str | None:
+    """Say what is wrong with an upload, or None: its kinds, names, shapes, dtypes, and whether it is finite.
+
+    Parameters
+    ----------
+    payload : Payload
+        What came from a client.
+    like : Payload
+        What should have come; only names, shapes and dtypes count.
+    """
+    for kind, want in like.parts.items():
+        if kind not in payload:
+            return f"it holds no {kind.value}"
+        if problem := _mismatch(kind.value, payload[kind], want):
             return problem
-    for kind_, tensors in payload.parts.items():
+    for kind, tensors in payload.parts.items():
+        if kind not in like:
+            return f"it holds {kind.value}, which was not asked for"
         for name, value in tensors.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return f"{kind_.value} {name!r} is not finite"
+                return f"{kind.value} {name!r} is not finite"
     return None
 
 
-def problem_with_upload(payload: Payload, like: Weights, num_classes: int, samples: int) -> str | None:
-    """Say what is wrong with a client's upload, or None: its model, its control variate, its label counts."""
-    problem = problem_with(payload, like)
-    if not problem and Kind.CONTROL_VARIATE in payload:
-        problem = _mismatch(Kind.CONTROL_VARIATE.value, payload[Kind.CONTROL_VARIATE], like.params)
-    if problem or Kind.LABEL_COUNTS not in payload:
-        return problem
-    counts = payload[Kind.LABEL_COUNTS].get("counts")
-    if counts is None or counts.is_floating_point() or tuple(counts.shape) != (num_classes,):
-        got = "missing" if counts is None else describe(counts)
-        return f"its label counts are {got}, expected {num_classes} integers"
+def problem_with_counts(counts: Tensor, samples: int) -> str | None:
+    """Say what is wrong with a client's label counts, or None: they must add up to its samples."""
     if bool((counts < 0).any()) or int(counts.sum()) != samples:
         return f"its label counts {counts.tolist()} are not those of its {samples} samples"
     return None

@@ -182,6 +182,6 @@ def client_turn(
     trained = train_locally(model, objective, received.weights(), extras, *data, order, sgd)
     payload, state = objective.finish(received, state, trained, task)
     sent = over_the_wire(payload)
-    assert problem_with(sent, server.weights) is None
+    assert problem_with(sent, fusion.upload_like(server)) is None
     upload = Upload(task.client, sent, task.samples, trained.steps, label_counts)
     return Turn(upload, state, trained, extras, received)

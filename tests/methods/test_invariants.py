@@ -215,7 +215,7 @@ def changed(name: str, value: Tensor | None, buffers: bool = False) -> Payload:
     [
         (Payload(), "no weights"),
         (Payload({Kind.SCALARS: scalars(omega=1.0)}), "no weights"),
-        (model_payload(Weights(start().params, {})), "buffers lack 'bn"),
+        (model_payload(Weights(start().params, {})), "no buffers"),
         (changed("fc.bias", None), "weights lack 'fc.bias'"),
         (changed("fc2.bias", torch.zeros(3)), "unknown tensor 'fc2.bias'"),
         (changed("bn.count", torch.zeros(3), buffers=True), "unknown tensor 'bn.count'"),
@@ -226,18 +226,18 @@ def changed(name: str, value: Tensor | None, buffers: bool = False) -> Payload:
         (changed("fc.bias", torch.tensor([0.0, float("inf"), 0.0])), "not finite"),
         (changed("bn.running_var", torch.full((3,), float("nan")), buffers=True), "buffers 'bn.running_var' is not"),
         (changed("bn.num_batches_tracked", torch.tensor(1.0), buffers=True), "expected int64 ()"),
-        (model_payload(start()).also(Kind.CONTROL_VARIATE, {"c": torch.tensor([float("nan")])}), "control-variate 'c'"),
+        (model_payload(start()).also(Kind.CONTROL_VARIATE, {"c": torch.zeros(1)}), "control-variate, which was not"),
     ],
 )
 def test_what_is_wrong_with_an_upload(upload: Payload, says: str) -> None:
-    problem = problem_with(upload, start())
+    problem = problem_with(upload, model_payload(start()))
     assert problem is not None
     assert says in problem
 
 
 def test_nothing_is_wrong_with_a_good_upload() -> None:
-    assert problem_with(message(), start()) is None
-    assert problem_with(model_payload(start(norm=False)), start(norm=False)) is None
+    assert problem_with(message(), message()) is None
+    assert problem_with(model_payload(start(norm=False)), model_payload(start(norm=False))) is None
     assert describe(torch.zeros(2, 3)) == "float32 (2, 3)"
 
 

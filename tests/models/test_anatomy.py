@@ -83,9 +83,9 @@ def test_split_state_is_an_independent_copy():
     assert {**params, **buffers}.keys() == model.state_dict().keys()
     assert not any(tensor.requires_grad for tensor in params.values())
     params["head.bias"].add_(1)
-    buffers["body.1.running_mean"].add_(1)
+    buffers["body.2.running_mean"].add_(1)
     assert not torch.equal(params["head.bias"], model.head.bias)
-    assert not model.body[1].running_mean.any()
+    assert not model.body[2].running_mean.any()
 
 
 def test_tied_weights_and_scratch_buffers():
@@ -96,5 +96,5 @@ def test_tied_weights_and_scratch_buffers():
 
 
 def test_batch_norms():
-    assert batch_norms(cnn()) == ["body.1", "body.5"]
+    assert batch_norms(cnn()) == ["body.2", "body.6"]
     assert batch_norms(cnn("gn")) == []

@@ -79,12 +79,12 @@ def make_partition(
     *,
     protocol: str,
     clients: int,
-    beta: float,
-    sigma: float,
-    shards_per_client: int,
-    min_size: int,
-    replay: bool,
-    seed: int,
+    beta: float = 0.3,
+    sigma: float = 0.0,
+    shards_per_client: int = 2,
+    min_size: int = 10,
+    replay: bool = False,
+    seed: int = 0,
 ) -> Partition:
     """Share the training samples among the clients.
 

@@ -121,6 +121,9 @@ class ServerFusion(Protocol):
     def broadcast(self, server: ServerState, client: int, info: FederationInfo) -> Payload:
         """Return what is sent to one client of the cohort."""
 
+    def upload_like(self, server: ServerState) -> Payload:
+        """Return a payload with the kinds, names, shapes and dtypes that an upload must have."""
+
     def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
         """Return the next state from the cohort's uploads, which come in client-id order."""
 

@@ -54,6 +54,10 @@ class FedAvgFusion:
         """Send the global model."""
         return model_payload(server.weights)
 
+    def upload_like(self, server: ServerState) -> Payload:
+        """Expect a model."""
+        return model_payload(server.weights)
+
     def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
         """Return ``sum_k n_k w_k / sum_k n_k``."""
         return ServerState(merge(uploads, self.settings.client_weights, self.settings.head, server.weights, info))

@@ -74,8 +74,15 @@ def compose(config: Config) -> Method:
     for part in rest:
         if part in BASES:
             raise InputError(f"method = {config.method!r}: {part!r} is a base method and can only come first")
-    objective, fusion = _find("base", base).make(config)
-    return Method(config.method, objective, fusion, tuple(_find("refinement", part).make(config) for part in rest))
+    try:
+        objective, fusion = _find("base", base).make(config)
+        refinements = tuple(_find("refinement", part).make(config) for part in rest)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"method = {config.method!r}: a part is not a factory of methods ({error}); it must take the configuration "
+            f"and return (objective, fusion), or a refinement"
+        ) from error
+    return Method(config.method, objective, fusion, refinements)
 
 
 def _find(role: str, name: str) -> Entry:
@@ -94,7 +101,7 @@ def _imported(path: str) -> Callable[[Config], Any]:
     module, _, attribute = path.partition(":")
     try:
         factory = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"method: {path!r} cannot be imported: {error}") from error
     if not callable(factory):
         raise InputError(f"method: {path!r} is not callable")

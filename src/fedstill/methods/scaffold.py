@@ -119,6 +119,10 @@ class ScaffoldFusion:
         payload = payload.also(Kind.SCALARS, scalars(omega=self._omega(client, info)))
         return payload.also(Kind.REFERENCE, server.method["fused"]) if "fused" in server.method else payload
 
+    def upload_like(self, server: ServerState) -> Payload:
+        """Expect a model and the change of a control variate."""
+        return model_payload(server.weights).also(Kind.CONTROL_VARIATE, server.method["control"])
+
     def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
         """Return ``w + eta_g (W - w)`` and ``c + (1/K) sum_S omega_k (c_k+ - c_k)``, W the uniform mean."""
         mean = merge(uploads, "uniform", self.fusion.head, server.weights, info)

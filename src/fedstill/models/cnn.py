@@ -22,7 +22,8 @@ def small_cnn(
 
     Blocks of conv3x3 - maxpool2 - norm - ReLU (pooling first spares norm and ReLU three quarters of their
     work) and one hidden fully connected layer: two blocks (``width``, 2 ``width``) and 64 features below
-    16x16, three (``width``, 2 ``width``, 2 ``width``) and 128 features from 16x16 on. Convolutions have a bias only without normalisation.
+    16x16, three (``width``, 2 ``width``, 2 ``width``) and 128 features from 16x16 on. Convolutions have a
+    bias only without normalisation.
 
     Parameters
     ----------
