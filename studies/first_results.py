@@ -67,7 +67,8 @@ def run_all(out: Path, workers: int, only: str, skip: list[str]) -> None:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(one, out, *job) for job in jobs]
         for done, future in enumerate(as_completed(futures), 1):
-            print(f"{done}/{len(jobs)} {future.result()}", flush=True)
+            error = future.exception()
+            print(f"{done}/{len(jobs)} {f'FAILED: {error}' if error else future.result()}", flush=True)
 
 
 def cell(values: list[float]) -> str:

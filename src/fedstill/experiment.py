@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,8 +111,10 @@ def run(
     if path is not None and path.exists():
         raise InputError(f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'")
     federation, notes = build(settings)
-    files = RunDirectory.create(path, federation) if path is not None else None
-    return _go_on(federation, federation.start(), [], files, notes, observer or Silent())
+    if path is None:
+        return _go_on(federation, federation.start(), [], None, notes, observer or Silent())
+    with closing(RunDirectory.create(path, federation)) as files:
+        return _go_on(federation, federation.start(), [], files, notes, observer or Silent())
 
 
 def resume(directory: Path | str, observer: Observer | None = None) -> Result:
@@ -125,11 +128,11 @@ def resume(directory: Path | str, observer: Observer | None = None) -> Result:
     path = Path(directory)
     config = RunDirectory.read_config(path)
     federation, notes = build(config)
-    files = RunDirectory.open(path, federation)
-    state = files.store.load() or federation.start()
-    records = files.cut_metrics(state.round)
-    files.log(f"resumed after round {state.round}")
-    return _go_on(federation, state, records, files, notes, observer or Silent())
+    with closing(RunDirectory.open(path, federation)) as files:
+        state = files.store.load() or federation.start()
+        records = files.cut_metrics(state.round)
+        files.log(f"resumed after round {state.round}")
+        return _go_on(federation, state, records, files, notes, observer or Silent())
 
 
 def _go_on(

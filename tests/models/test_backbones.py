@@ -37,9 +37,7 @@ def test_resnet18_has_the_published_sizes(norm, stem, classes, count):
     assert all(part.num_groups == 2 for part in norms)
 
 
-@pytest.mark.parametrize(
-    ("stem", "sizes"), [("imagenet", [16, 8, 8, 4, 2, 1]), ("cifar", [32, 32, 16, 8, 4])]
-)
+@pytest.mark.parametrize(("stem", "sizes"), [("imagenet", [16, 8, 8, 4, 2, 1]), ("cifar", [32, 32, 16, 8, 4])])
 def test_resnet18_maps_have_the_sizes_of_the_spec(stem, sizes):
     model = build("resnet18", (3, 32, 32), stem=stem)
     assert isinstance(model, Backbone)
@@ -136,9 +134,7 @@ def test_weights_come_from_the_generator_alone():
     second = build("resnet18", (3, 32, 32)).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     shared = stream()
-    a, b = (
-        build_model("mlp", input_shape=(4,), num_classes=3, generator=shared).state_dict() for _ in range(2)
-    )
+    a, b = (build_model("mlp", input_shape=(4,), num_classes=3, generator=shared).state_dict() for _ in range(2))
     assert not torch.equal(a["head.weight"], b["head.weight"])
 
 

@@ -650,3 +650,19 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(
     assert checkpoints(path) == []
     assert store_of(path).load() is None
     assert_same_run(path, resume(path), *whole_runs["fedavg"])
+
+
+def test_a_run_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
+    where = tmp_path / "run"
+
+    class Meddler(Silent):
+        refused: str = ""
+
+        def round_done(self, record: dict[str, object]) -> None:
+            with pytest.raises(InputError, match="another process is running it"):
+                resume(where)
+            Meddler.refused = "yes"
+
+    run(small(), directory=where, observer=Meddler())
+    assert Meddler.refused
+    assert len(resume(where).records) == small().train.rounds

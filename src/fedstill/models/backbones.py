@@ -121,8 +121,7 @@ def _import_factory(path: str) -> Callable[..., Any]:
     # Importing runs the user's module, which may fail in any way.
     except Exception as error:
         raise InputError(
-            f"model.name: cannot import {path!r}: {type(error).__name__}: {error}; "
-            "is it installed or on PYTHONPATH?"
+            f"model.name: cannot import {path!r}: {type(error).__name__}: {error}; is it installed or on PYTHONPATH?"
         ) from error
     if not callable(factory):
         raise InputError(f"model.name: {path!r} is a {type(factory).__name__}, not a callable")

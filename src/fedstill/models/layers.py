@@ -74,9 +74,7 @@ def check_norm(name: str, norm: str, norm_groups: int | None, allowed: Sequence[
     if norm not in allowed:
         raise InputError(f"model.norm: {name!r} takes {' or '.join(allowed)}, not {norm!r}")
     if norm != "gn" and norm_groups is not None:
-        raise InputError(
-            f"model.norm_groups: only norm 'gn' has groups, and model.norm is {norm!r}; remove it"
-        )
+        raise InputError(f"model.norm_groups: only norm 'gn' has groups, and model.norm is {norm!r}; remove it")
 
 
 def image_shape(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:

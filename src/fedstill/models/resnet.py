@@ -20,9 +20,7 @@ class BasicBlock(nn.Module):
         self.norm2 = make_norm(norm, out, groups)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), make_norm(norm, out, groups)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), make_norm(norm, out, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels, H, W) to (B, out, H / stride, W / stride), rounded up."""

@@ -20,7 +20,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
 
 from fedstill.config import Config, config_from, to_toml
 from fedstill.errors import InputError
@@ -28,6 +29,12 @@ from fedstill.federation import Federation, Record
 from fedstill.runs.checkpoint import CheckpointStore
 from fedstill.runs.environment import environment
 from fedstill.runs.files import disk_errors, sha256, write_atomically
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # not on Windows, where a run directory has no lock
+    fcntl = None
 
 if TYPE_CHECKING:
     from fedstill.runs.events import EventFile
@@ -41,6 +48,7 @@ class RunDirectory:
     config: Config
     store: CheckpointStore
     _events: EventFile | None = None
+    _lock: IO[str] | None = None
 
     @staticmethod
     def create(path: Path, federation: Federation) -> RunDirectory:
@@ -71,7 +79,7 @@ class RunDirectory:
                 "class_counts": counts,
             },
         )
-        run = RunDirectory(path, config, _store(path, config, federation))
+        run = RunDirectory(path, config, _store(path, config, federation), _lock=lock(path))
         run.log(f"started: {config.method} on {config.data.name}, {config.train.rounds} rounds")
         return run
 
@@ -110,7 +118,7 @@ class RunDirectory:
             raise InputError(f"{path / 'partition.json'}: missing or damaged") from error
         if stored != federation.partition.fingerprint:
             raise InputError(f"{path}: the data give another partition than when this run began")
-        return RunDirectory(path, federation.config, _store(path, federation.config, federation))
+        return RunDirectory(path, federation.config, _store(path, federation.config, federation), _lock=lock(path))
 
     def cut_metrics(self, round: int) -> list[Record]:
         """Keep the whole metrics lines up to ``round`` and return them."""
@@ -133,12 +141,37 @@ class RunDirectory:
                 self._events = EventFile(self.path / "tensorboard", step)
             self._events.add(flatten(record), step)
 
+    def close(self) -> None:
+        """Let others use the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def log(self, line: str) -> None:
         """Add a line to the log, with the time."""
         stamp = logging.Formatter().formatTime(logging.makeLogRecord({}))
         file = self.path / "log.txt"
         with disk_errors(file), file.open("a") as lines:
             lines.write(f"{stamp} {line}\n")
+
+
+def lock(path: Path) -> IO[str]:
+    """Keep other processes from running in a directory until the file returned is closed, or this process ends.
+
+    Raises
+    ------
+    InputError
+        If another process is at it.
+    """
+    with disk_errors(path):
+        file = (path / "lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(f"{path}: another process is running it") from error
+    return file
 
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
