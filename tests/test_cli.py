@@ -234,7 +234,8 @@ def test_run_prints_its_progress_and_its_result(command: Command) -> None:
     told = command("run", *QUICK, "--out", "a [run]")
     assert told.code == 0
     assert "accuracy on test: " in told.out
-    assert told.out.rstrip().endswith("MB sent; everything is in a [run]")
+    assert "MB sent; everything is in a [run]\n" in told.out
+    assert "those of the preset 'digits'" in told.out
     assert "fedavg+fedftg on digits: 4 clients" in told.err
     assert "round   1 | loss" in told.err
     assert "Traceback" not in told.err

@@ -353,3 +353,26 @@ def test_settings_that_are_ready_made_count_like_tables() -> None:
     assert Config(method="scaffold+fedftg", fedftg=code).scaffold.mode == "code"
     ready = Config(method="scaffold+fedftg", fedftg=code, scaffold=ScaffoldSettings())
     assert ready.scaffold.mode == "paper"
+
+
+@pytest.mark.parametrize("comments", [True, False])
+@pytest.mark.parametrize("name", sorted(presets.list_presets()))
+@pytest.mark.parametrize("mode", ["paper", "code", "tuned"])
+def test_a_mode_given_on_the_command_line_counts_whatever_file_it_meets(
+    name: str, mode: str, comments: bool, tmp_path: Path
+) -> None:
+    """What `fedstill show` prints and what a run directory keeps hold every key; a mode must set them all the same."""
+    sparse = presets.preset(name)
+    file = tmp_path / "whole.toml"
+    file.write_text(to_toml(load_config(base=sparse), comments))
+    overrides = ["method=scaffold+fedftg", f"fedftg.mode={mode}"]
+    got = load_config(file, overrides)
+    fresh = FedFTGSettings(mode=mode)
+    for key in FedFTGSettings.set_by("paper"):
+        if (
+            getattr(load_config(base=sparse).fedftg, key)
+            == FedFTGSettings.set_by(load_config(base=sparse).fedftg.mode)[key]
+        ):
+            assert getattr(got.fedftg, key) == getattr(fresh, key), key
+    assert got.scaffold.mode == ("code" if mode == "code" else "paper")
+    assert got.scaffold.denominator_lr == ("initial" if mode == "code" else "current")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedstill.build import build
-from fedstill.client import ClientWork, LocalTrainer, random_layers
+from fedstill.client import ClientWork, LocalTrainer
 from fedstill.data.dataset import Samples
 from fedstill.errors import InputError, RunError
 from fedstill.evaluation import Score, by_label_mix, evaluate
@@ -19,6 +19,7 @@ from fedstill.federation import Federation, round_half_up
 from fedstill.methods.base import LocalTask, RefineContext
 from fedstill.methods.fedavg import FedAvgObjective
 from fedstill.models import Stateless, split_state
+from fedstill.models.randomness import random_layers
 from fedstill.payload import Kind, Payload
 from fedstill.training import Trained
 from fedstill.weights import State, Weights

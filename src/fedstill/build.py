@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from fedstill.client import LocalTrainer, random_layers
+from fedstill.client import LocalTrainer
 from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
@@ -18,6 +20,7 @@ from fedstill.methods.base import FederationInfo, Method
 from fedstill.methods.registry import compose
 from fedstill.methods.scaffold import ScaffoldObjective, fixed_steps
 from fedstill.models import Stateless, batch_norms, build_model, check_width, find_head, split_state
+from fedstill.models.randomness import random_layers
 from fedstill.names import unknown
 from fedstill.rng import numpy_stream, torch_stream
 from fedstill.weights import Weights
@@ -72,7 +75,8 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     check_batches(config, stateless, info)
     for refinement in method.refinements:
         refinement.check(stateless, info)
-    said = notes(partition, raw.class_names, config.local.batch_size)
+    trained_on = [np.bincount(splits.train.y.numpy()[train], minlength=raw.num_classes) for train, _, _ in parts]
+    said = notes(replace(partition, counts=np.stack(trained_on)), raw.class_names, config.local.batch_size)
     if kinds := random_layers(stateless.module):
         config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
         said.append(

@@ -59,6 +59,8 @@ def run(
     with resumable(path), display(quiet) as observer:
         result = run_experiment(config, directory=path, observer=observer)
     summary(result.records, path)
+    if not preset and all("=" in argument for argument in arguments or []):
+        out.print(f"keys that were not given are those of the preset {presets.DEFAULT!r}: 'fedstill show' prints them")
 
 
 @app.command()
@@ -167,7 +169,10 @@ def configuration(arguments: list[str], preset: str | None) -> Config:
         raise InputError("a file and --preset do not go together; 'fedstill show PRESET > my.toml' starts a file")
     if files:
         return load_config(Path(files[0]), overrides)
-    return load_config(None, overrides, presets.preset(preset or presets.DEFAULT))
+    base = presets.preset(preset or presets.DEFAULT)
+    if any(override.partition("=")[0].strip() == "model.name" for override in overrides):
+        base.pop("model", None)  # a preset's width says nothing about another architecture
+    return load_config(None, overrides, base)
 
 
 @contextmanager

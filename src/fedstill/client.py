@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor
 
 from fedstill.config import LocalSettings
 from fedstill.data.dataset import Samples
 from fedstill.errors import RunError
 from fedstill.methods.base import LocalObjective, LocalTask
+from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
 from fedstill.rng import seed_of, torch_stream
@@ -151,27 +150,3 @@ def check_finite(trained: Trained, work: ClientWork) -> None:
             f"{trained.steps} local steps, after a training loss of {float(trained.losses[-1])}; "
             f"a smaller local.lr or local.clip_norm usually helps"
         )
-
-
-def random_layers(module: nn.Module) -> list[str]:
-    """Return the kinds of layers in a model that draw from the one random stream of the whole process."""
-    stock = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-    found = {
-        type(part).__name__
-        for part in module.modules()
-        if isinstance(part, stock) or (isinstance(part, nn.MultiheadAttention) and part.dropout > 0)
-    }
-    return sorted(found)
-
-
-@contextmanager
-def layers_draw_from(module: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Give the random layers of a model, where it has any, a stream of their own; not thread safe with them."""
-    if not random_layers(module):
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        yield

@@ -18,7 +18,7 @@ from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.fedftg import FedFTGSettings
 from fedstill.methods.fedprox import FedProxSettings
 from fedstill.methods.scaffold import ScaffoldSettings
-from fedstill.settings import Settings
+from fedstill.settings import ModedSettings, Settings
 
 Table = dict[str, Any]
 
@@ -188,12 +188,17 @@ class Config(Settings):
         """``fedftg.mode = "code"`` covers SCAFFOLD's control variates too (FedFTG's released SCAFFOLDGAN)."""
         if not isinstance(given, dict):
             return given
-        parts = [part.strip() for part in str(given.get("method", "")).split("+")]
         fedftg, scaffold = given.get("fedftg"), given.get("scaffold", {})
         mode = fedftg.get("mode") if isinstance(fedftg, dict) else getattr(fedftg, "mode", None)
-        if mode == "code" and "fedftg" in parts and parts[0] == "scaffold" and isinstance(scaffold, dict):
+        if scaffold_mode_under(str(given.get("method", "")), mode) == "code" and isinstance(scaffold, dict):
             return {**given, "scaffold": {"mode": "code", **scaffold}}
         return given
+
+
+def scaffold_mode_under(method: str, fedftg_mode: str | None) -> str:
+    """Return the ``scaffold.mode`` that goes with a method and FedFTG's mode, where it is not given."""
+    base, *refinements = [part.strip() for part in method.split("+")]
+    return "code" if base == "scaffold" and "fedftg" in refinements and fedftg_mode == "code" else "paper"
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: Table | None = None) -> Config:
@@ -213,8 +218,6 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: T
         file and line where there is one, and the nearest right name.
     """
     table: Table = deepcopy(base or {})
-    if any(override.partition("=")[0].strip() == "model.name" for override in overrides):
-        table.pop("model", None)  # a preset's width says nothing about another architecture
     text = ""
     if path is not None:
         text = _read(path)
@@ -222,6 +225,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: T
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{path}: not valid TOML: {error}") from error
+    _let_an_overriding_mode_speak(table, {override.partition("=")[0].strip() for override in overrides})
     for override in overrides:
         _apply(table, override)
     try:
@@ -236,6 +240,34 @@ def config_from(table: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(table)
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error, None, {}, ())}") from error
+
+
+def _let_an_overriding_mode_speak(table: Table, overridden: set[str]) -> None:
+    """Forget what the file's own mode had set, where the file is complete and an override names another mode.
+
+    A run's ``config.toml`` holds every key; without this a mode given on the command line would set none.
+    """
+    fedftg, scaffold = table.get("fedftg"), table.get("scaffold")
+    if "fedftg.mode" in overridden:
+        if (
+            isinstance(scaffold, dict)
+            and _forget_mode(scaffold, ScaffoldSettings)
+            and "scaffold.mode" not in overridden
+        ):
+            scaffold.pop("mode", None)
+        if isinstance(fedftg, dict):
+            _forget_mode(fedftg, FedFTGSettings)
+    elif "scaffold.mode" in overridden and isinstance(scaffold, dict):
+        _forget_mode(scaffold, ScaffoldSettings)
+
+
+def _forget_mode(table: Table, settings: type[ModedSettings]) -> bool:
+    set_by = settings.set_by(str(table.get("mode", "paper")))
+    complete = set_by.keys() <= table.keys()
+    for key, value in set_by.items() if complete else ():
+        if table[key] == value:
+            del table[key]
+    return complete
 
 
 def _read(path: Path) -> str:
@@ -315,20 +347,33 @@ def _lines(text: str) -> dict[str, int]:
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
-    """Return the whole configuration as TOML; with ``comments`` each key has its description above it."""
-    return "\n".join(_section(config, "", comments)).strip() + "\n"
+    """Return the whole configuration as TOML.
+
+    With ``comments`` each key has its description above it, and a key that a mode sets stands commented out, so
+    that another mode can be named in the file.
+    """
+    follows = config.scaffold.mode == scaffold_mode_under(config.method, config.fedftg.mode)
+    by_other_keys = {"scaffold.mode": "fedftg.mode"} if follows else {}
+    return "\n".join(_section(config, "", comments, by_other_keys)).strip() + "\n"
 
 
-def _section(model: BaseModel, prefix: str, comments: bool) -> Iterator[str]:
+def _section(model: BaseModel, prefix: str, comments: bool, set_by: Mapping[str, str]) -> Iterator[str]:
     tables: list[tuple[str, BaseModel]] = []
-    for name, field in type(model).model_fields.items():
+    by_mode = model.set_by(str(getattr(model, "mode", ""))) if isinstance(model, ModedSettings) else {}
+    set_by = {
+        **set_by,
+        **{f"{prefix}{name}": "mode" for name, value in by_mode.items() if getattr(model, name) == value},
+    }
+    for name, field in sorted(type(model).model_fields.items(), key=lambda item: item[0] != "mode"):
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             tables.append((name, value))
             continue
         if comments and field.description:
             yield from (f"# {line}" for line in field.description.split("\n"))
-        if value is None:
+        if comments and f"{prefix}{name}" in set_by:
+            yield f"# {name} = {_toml_value(value)}   # set by {set_by[f'{prefix}{name}']}"
+        elif value is None:
             if name == "clip_norm":
                 yield 'clip_norm = "none"'
             elif comments:
@@ -337,7 +382,7 @@ def _section(model: BaseModel, prefix: str, comments: bool) -> Iterator[str]:
             yield f"{name} = {_toml_value(value)}"
     for name, table in tables:
         yield from ("", f"[{prefix}{name}]")
-        yield from _section(table, f"{prefix}{name}.", comments)
+        yield from _section(table, f"{prefix}{name}.", comments, set_by)
 
 
 def _toml_value(value: object) -> str:

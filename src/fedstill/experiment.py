@@ -13,6 +13,7 @@ from fedstill.config import Config, config_from, load_config
 from fedstill.errors import FedstillError, InputError
 from fedstill.execution.allocator import keep_freed_memory
 from fedstill.federation import Federation, FederationState, Record
+from fedstill.presets import DEFAULT, preset
 from fedstill.runs.directory import RunDirectory
 from fedstill.weights import Weights
 
@@ -92,7 +93,8 @@ def run(
     Parameters
     ----------
     config : Config, mapping, path or None
-        A configuration, a nested mapping like its TOML, the path of a TOML file; None for the defaults.
+        A configuration, a nested mapping like its TOML, the path of a TOML file; None for the
+        preset that `fedstill run` takes.
     *overrides : str
         Such as ``"train.rounds=3"``; not with a ready :class:`Config`.
     directory : path, optional
@@ -192,4 +194,6 @@ def _config(config: Config | Mapping[str, Any] | Path | str | None, overrides: t
         return config
     if isinstance(config, Mapping):
         return config_from(config, "configuration") if not overrides else load_config(None, overrides, dict(config))
-    return load_config(Path(config) if config is not None else None, overrides)
+    if config is None:
+        return load_config(None, overrides, preset(DEFAULT))
+    return load_config(Path(config), overrides)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedstill.client import ClientResult, ClientWork, LocalTrainer, layers_draw_from
+from fedstill.client import ClientResult, ClientWork, LocalTrainer
 from fedstill.config import Config
 from fedstill.data.dataset import Samples
 from fedstill.data.partition import Partition
@@ -19,6 +19,7 @@ from fedstill.errors import RunError
 from fedstill.evaluation import by_label_mix, evaluate
 from fedstill.execution import Executor, intra_op_threads
 from fedstill.methods.base import FederationInfo, Method, RefineContext, Refined, ServerState, Upload
+from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload, problem_with, problem_with_counts
 from fedstill.rng import numpy_stream, seed_of, torch_stream
@@ -85,13 +86,14 @@ class Federation:
         with clock("train"):
             results = self.train(state.round, works)
         uploads, counts = self.receive(state, results)
-        with clock("fuse"):
+        with clock("fuse"), intra_op_threads(self.config.execution.server_threads):
             fused = self.method.fusion.fuse(state.server, uploads, self.info)
         with clock("refine"):
-            server, kept, measured = self.refine(state, fused, uploads)
+            teachers = self.teachers(uploads)
+            server, kept, measured = self.refine(state, fused, uploads, teachers)
         record: Record = {"round": state.round + 1, "cohort": cohort}
         with clock("evaluate"):
-            record |= self.evaluate(state.round, fused.weights, server.weights, uploads)
+            record |= self.evaluate(state.round, fused.weights, server.weights, teachers)
         record |= {"refinement": measured, "train_loss": sum(r.loss for r in results) / len(results)}
         record |= {"bytes": traffic(works, results), "seconds": clock.seconds}
         clients = {**state.clients, **{result.client: result.state for result in results if result.state}}
@@ -148,13 +150,12 @@ class Federation:
         return uploads, known
 
     def refine(
-        self, state: FederationState, fused: ServerState, uploads: Sequence[Upload]
+        self, state: FederationState, fused: ServerState, uploads: Sequence[Upload], teachers: StackedTeachers
     ) -> tuple[ServerState, tuple[State, ...], Record]:
         """Let every refinement improve the fused model in turn."""
         server, kept = fused, []
         measured: Record = {}
         for refinement, own in zip(self.method.refinements, state.refinements, strict=True):
-            teachers = self.teachers(uploads)
             context = self.context(state.round, uploads, refinement.simulation_only)
             seed = seed_of(self.config.seed.train, "layers", state.round, refinement.name)
             layers = layers_draw_from(self.model.module, self.device, seed)
@@ -197,7 +198,7 @@ class Federation:
         )
         return StackedTeachers.of(self.model, [upload.weights for upload in uploads], counts)
 
-    def evaluate(self, round: int, fused: Weights, refined: Weights, uploads: Sequence[Upload]) -> Record:
+    def evaluate(self, round: int, fused: Weights, refined: Weights, teachers: StackedTeachers) -> Record:
         """Measure the fused model, the refined one, and now and then the ensembles that bound any refinement."""
         record: Record = {}
         with intra_op_threads(self.config.execution.server_threads):
@@ -207,7 +208,7 @@ class Federation:
                     record["refined"] = self.scores(refined)
             samples = self.evaluation.ensembles
             if samples is not None and self.due(round, self.config.eval.ensembles_every):
-                teachers, size = self.teachers(uploads), self.config.eval.batch_size
+                size = self.config.eval.batch_size
                 record["ensembles"] = {
                     "uniform": ensemble_accuracy(teachers, samples.x, samples.y, "uniform", size),
                     "class_weighted": ensemble_accuracy(teachers, samples.x, samples.y, "class", size),

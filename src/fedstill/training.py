@@ -129,7 +129,7 @@ def train_locally(
     augmentation : str
         Name of the augmentation.
     generator : torch.Generator, optional
-        Its random stream, on the device; without one nothing is augmented.
+        Its random stream; without one nothing is augmented.
 
     Returns
     -------

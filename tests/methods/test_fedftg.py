@@ -303,7 +303,7 @@ def test_the_student_phase_changes_the_student_alone(mode: str, generator_norm: 
     assert changed(before.student_buffers, after.student_buffers) == moved
     assert not changed(before.teachers, after.teachers)
     assert not changed(before.maker, after.maker)
-    assert bool(changed(before.maker_buffers, after.maker_buffers)) == (generator_norm == "train")
+    assert not changed(before.maker_buffers, after.maker_buffers)
     assert len(run.log.trace["student_loss"]) == 2
 
 
@@ -526,8 +526,8 @@ def test_the_metrics_of_a_refinement() -> None:
 class KeepsItsGenerator(FedFTG):
     """FedFTG that holds one live generator instead of passing its state on."""
 
-    def _generator(self, state: State, context: RefineContext) -> ConditionalGenerator:
-        return LIVE[self.seed]
+    def _generator(self, state: State, context: RefineContext, dtype: torch.dtype) -> ConditionalGenerator:
+        return LIVE[self.seed].to(dtype)
 
 
 LIVE: dict[int, ConditionalGenerator] = {}
@@ -666,3 +666,20 @@ def test_wrong_counts_are_refused(counts: Tensor | Sequence[Sequence[int]]) -> N
     with pytest.raises(InputError):
         ftg().distil(student, teachers, counts, SHAPE)
     assert not changed(before, student.state_dict())
+
+
+def test_a_finer_generator_is_restored_without_rounding() -> None:
+    """In double precision three rounds through the state equal three rounds of one live generator."""
+    model, student, teachers = stacked()
+    model.module.double()
+    student = student.map(lambda value: value.double() if value.is_floating_point() else value)
+    doubled = StackedTeachers(
+        model,
+        {name: value.double() for name, value in teachers.params.items()},
+        {name: value.double() if value.is_floating_point() else value for name, value in teachers.buffers.items()},
+        teachers.counts,
+    )
+    first = ftg().refine(model, student, doubled, {}, context())
+    again = ftg(iterations=1, generator_steps=0).refine(model, student, doubled, first.state, context(1))
+    assert first.state["generator"]["from_noise.weight"].dtype == torch.float64
+    assert not changed(first.state["generator"], again.state["generator"])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch import Tensor
 from fedstill.data.dataset import Samples
 from fedstill.models import ConditionalGenerator, initial_weights
 from fedstill.rng import torch_stream
-
-InputKind = Literal["generator", "noise", "real"]
 
 
 class Draws(Protocol):
@@ -54,7 +51,10 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class GeneratedInputs:
-    """A conditional generator's samples, in eval mode (running statistics) or in train mode."""
+    """A conditional generator's samples, in eval mode (running statistics) or in train mode (the batch's).
+
+    Its running statistics change in the generator phase alone, whichever mode it is.
+    """
 
     generator: ConditionalGenerator
     train_mode: bool
@@ -62,8 +62,12 @@ class GeneratedInputs:
     def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``G(z, y)`` and y."""
         self.generator.train(self.train_mode)
+        kept = [buffer.clone() for buffer in self.generator.buffers()] if self.train_mode else []
         with torch.no_grad():
-            return self.generator(noise, labels), labels
+            x = self.generator(noise, labels)
+            for buffer, before in zip(self.generator.buffers(), kept, strict=False):
+                buffer.copy_(before)
+        return x, labels
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,9 @@ class RealInputs:
 
 
 def initial_generator(
-    seed: int, noise_dim: int, width: int, num_classes: int, shape: Sequence[int], device: torch.device
+    seed: int, noise_dim: int, width: int, num_classes: int, shape: tuple[int, ...], device: torch.device
 ) -> ConditionalGenerator:
     """Return a new generator whose weights come from the stream ``generator`` of ``seed``."""
     with initial_weights(torch_stream(seed, "generator", "initial-weights")):
-        made = ConditionalGenerator(noise_dim, num_classes, (shape[0], shape[1], shape[2]), ngf=width)
+        made = ConditionalGenerator(noise_dim, num_classes, shape, ngf=width)
     return made.to(device)

@@ -25,12 +25,12 @@ from fedstill.distill.teachers import Teachers
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture, sample_weights
 from fedstill.models.generators import ConditionalGenerator
 from fedstill.models.stateless import Stateless
-from fedstill.settings import Settings
+from fedstill.settings import ModedSettings
 from fedstill.training import SGD, gradients
 from fedstill.weights import Weights
 
 
-class DistillationSettings(Settings):
+class DistillationSettings(ModedSettings):
     """The keys of one server step."""
 
     inputs: Literal["generator", "noise", "real"] = "generator"
@@ -192,7 +192,8 @@ class Distillation:
                     logits = self.teachers.logits(x)
                     weights = sample_weights(self.shares, y, keys.teacher).to(logits)
                     target = mixture(logits, self.shares, y, keys.teacher)
-                    self.log.add(label_accuracy=(target.argmax(-1) == y).double().mean())
+                    seen = (target.argmax(-1) == y) & (target.sum(-1) > 0)  # a label nobody holds has no target
+                    self.log.add(label_accuracy=seen.double().mean())
             self.student_step(x, logits, weights, target)
 
     def student_step(self, x: Tensor, logits: Tensor, weights: Tensor, target: Tensor) -> None:

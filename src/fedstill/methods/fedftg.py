@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -54,6 +54,7 @@ from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, RefineContext, Refined
 from fedstill.models.anatomy import batch_norms, check_width, split_state
 from fedstill.models.generators import ConditionalGenerator
+from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.rng import seed_of, torch_stream
 from fedstill.weights import State, Weights
@@ -86,13 +87,10 @@ MODES: dict[str, dict[str, object]] = {
 class FedFTGSettings(DistillationSettings):
     """``[fedftg]``."""
 
+    MODES: ClassVar[dict[str, dict[str, object]]] = MODES
+
     mode: Literal["paper", "code", "tuned"] = "paper"
     """The paper's equations, the released code's, or what measurements favour; sets every key not given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _mode_fills_what_is_not_given(cls, given: Any) -> Any:
-        return {**MODES.get(str(given.get("mode", "paper")), {}), **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _rules(self) -> FedFTGSettings:
@@ -106,6 +104,8 @@ class FedFTGSettings(DistillationSettings):
             raise ValueError(
                 f"teacher = 'class' goes with md_gen = 'kl-teacher-student' (or lambda_md = 0), not {self.md_gen!r}"
             )
+        if self.lambda_bn and self.inputs != "generator":
+            raise ValueError(f"lambda_bn teaches a generator, and inputs = {self.inputs!r} has none")
         if self.generator_update == "per-teacher" and (self.md_gen == "kl-teacher-student" or self.lambda_bn):
             raise ValueError(
                 "generator_update = 'per-teacher' takes one teacher at a time; it does not go with "
@@ -175,7 +175,7 @@ class FedFTG:
         if keys.iterations == 0:
             return Refined(student, state, {})
         dtype = next(iter(student.params.values())).dtype
-        generator = self._generator(state, context).to(dtype) if keys.inputs == "generator" else None
+        generator = self._generator(state, context, dtype) if keys.inputs == "generator" else None
         labels = draw_labels(
             keys.labels, teachers.counts, keys.iterations, keys.batch_size, context.stream("distillation-labels")
         )
@@ -186,12 +186,13 @@ class FedFTG:
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())
 
-    def _generator(self, state: State, context: RefineContext) -> ConditionalGenerator:
+    def _generator(self, state: State, context: RefineContext, dtype: torch.dtype) -> ConditionalGenerator:
         info = context.info
         keys = self.settings
         made = initial_generator(
             self.seed, keys.noise_dim, keys.generator_width, info.num_classes, info.input_shape, context.device
         )
+        made = made.to(dtype)  # before the state is loaded, which may be finer than the fresh generator
         if "generator" in state:
             made.load_state_dict(state["generator"])
         return made
@@ -256,7 +257,9 @@ class FedFTG:
         )
         self.check(Stateless(student), info)
         model = Stateless(student).clone()  # the student may itself be one of the teachers
-        refined = self.refine(model, Weights(params, buffers), ModuleTeachers(teachers, counts), state or {}, context)
+        ensemble = ModuleTeachers(teachers, counts)
+        with layers_draw_from(model.module, device, seed_of(self.seed, "layers", round)):
+            refined = self.refine(model, Weights(params, buffers), ensemble, state or {}, context)
         student.load_state_dict({**refined.weights.params, **refined.weights.buffers}, strict=False)
         return student, refined.state, refined.metrics
 

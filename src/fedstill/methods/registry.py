@@ -39,7 +39,10 @@ BASES: dict[str, Entry] = {
     ),
     "scaffold": Entry(
         "control variates against client drift (Karimireddy et al. 2020)",
-        lambda config: (ScaffoldObjective(config.scaffold), ScaffoldFusion(config.scaffold, config.fusion)),
+        lambda config: (
+            ScaffoldObjective(config.scaffold),
+            ScaffoldFusion(config.scaffold, config.fusion, refined="+" in config.method),
+        ),
     ),
 }
 
@@ -71,6 +74,8 @@ def compose(config: Config) -> Method:
             f"method = {config.method!r}: {base!r} refines a fused model and needs a base method before it, "
             f"such as 'fedavg+{base}'"
         )
+    if twice := next((part for part in rest if rest.count(part) > 1), None):
+        raise InputError(f"method = {config.method!r}: {twice!r} stands there twice")
     for part in rest:
         if part in BASES:
             raise InputError(f"method = {config.method!r}: {part!r} is a base method and can only come first")

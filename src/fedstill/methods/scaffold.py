@@ -28,16 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from fedstill.methods.averaging import ClientWeights, FusionSettings, merge
 from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, ServerState, Upload
 from fedstill.payload import Kind, Payload, model_payload, scalars
-from fedstill.settings import Settings
+from fedstill.settings import ModedSettings
 from fedstill.training import Trained
 from fedstill.weights import State, Tensors, Weights, weighted_sum, zeros_like
 
@@ -47,8 +47,10 @@ MODES: dict[str, dict[str, object]] = {
 }
 
 
-class ScaffoldSettings(Settings):
+class ScaffoldSettings(ModedSettings):
     """``[scaffold]``."""
+
+    MODES: ClassVar[dict[str, dict[str, object]]] = MODES
 
     mode: Literal["paper", "code"] = "paper"
     """Sets the three keys below that are not given: the paper's form or the FedFTG code's."""
@@ -62,11 +64,6 @@ class ScaffoldSettings(Settings):
     """Local steps: each client's own epochs, or the same number for all as in the released code."""
     displacement_from: Literal["broadcast", "fused"] = "broadcast"
     """Model from which a client's displacement is measured: the one it started from, or the one before refinement."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _mode_fills_what_is_not_given(cls, given: Any) -> Any:
-        return {**MODES.get(str(given.get("mode", "paper")), {}), **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,8 @@ class ScaffoldFusion:
 
     settings: ScaffoldSettings
     fusion: FusionSettings = field(default_factory=FusionSettings)
+    refined: bool = True
+    """Whether refinements follow; without any, the fused model is the one that is sent down anyway."""
 
     @property
     def needs_label_counts(self) -> bool:
@@ -138,7 +137,8 @@ class ScaffoldFusion:
         return self._state(mean, control)
 
     def _state(self, weights: Weights, control: Tensors) -> ServerState:
-        fused = {"fused": weights.params} if self.settings.displacement_from == "fused" else {}
+        apart = self.refined and self.settings.displacement_from == "fused"
+        fused = {"fused": weights.params} if apart else {}
         return ServerState(weights, {"control": control, **fused})
 
     def _omega(self, client: int, info: FederationInfo) -> float:

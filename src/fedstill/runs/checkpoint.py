@@ -38,11 +38,14 @@ class CheckpointStore:
         How many checkpoints stay.
     fingerprint : str
         Of what the run computes; a checkpoint with another one is foreign.
+    device : torch.device
+        Where tensors are put when they are read; label counts stay on the CPU.
     """
 
     root: Path
     keep: int
     fingerprint: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _written: dict[int, dict[str, str]] = field(default_factory=dict)
     _states: dict[int, State] = field(default_factory=dict)
 
@@ -104,7 +107,7 @@ class CheckpointStore:
             ServerState(weights, _state(tensors, "method/")),
             tuple(_state(tensors, f"refinement-{index}/") for index in range(count)),
             dict(self._states),
-            {int(client): counts for client, counts in _under(tensors, "label-counts/").items()},
+            {int(client): counts.cpu() for client, counts in _under(tensors, "label-counts/").items()},
         )
 
     def _write(self, name: str, tensors: Tensors) -> dict[str, str]:
@@ -128,7 +131,7 @@ class CheckpointStore:
             tensors: dict[str, Tensor] = load(data)
         except SafetensorError as error:
             raise InputError(f"{path}: not a safetensors file ({error})") from error
-        return tensors
+        return {name: value.to(self.device) for name, value in tensors.items()}
 
     def _manifests(self) -> list[Path]:
         found = (self.root / "checkpoints").glob("round-*.json")

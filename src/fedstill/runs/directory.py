@@ -180,7 +180,7 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
         exclude={"eval": True, "execution": {"executor", "workers"}, "checkpoint": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
-    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()))
+    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device)
 
 
 def read_metrics(path: Path) -> list[Record]:
