@@ -1,7 +1,8 @@
 """The runs behind ``docs/results.md``: three settings, eight methods, three seeds.
 
     FEDSTILL_DATA=... python studies/first_results.py run OUT [--workers 2]   # skips what is done, resumes the rest
-    python studies/first_results.py table OUT                                 # Markdown; cells that did not run say so
+    python studies/first_results.py collect OUT                               # adds finished runs to first_results.json
+    python studies/first_results.py table                                     # Markdown; cells that did not run say so
 
 Seeds come first in the order of work, so that a study that is stopped has whole seeds.
 """
@@ -9,13 +10,14 @@ Seeds come first in the order of work, so that a study that is stopped has whole
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from fedstill import accuracies, load_config, presets, resume, run
+from fedstill import load_config, presets, resume, run
 from fedstill.runs import read_metrics
 
 ONE_THREAD = ["execution.executor=serial", "execution.intra_op_threads=1", "execution.server_threads=1"]
@@ -37,6 +39,7 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 SEEDS = (0, 1, 2)
+FIGURES = Path(__file__).with_suffix(".json")
 
 
 def place(out: Path, setting: str, variant: str, seed: int) -> Path:
@@ -49,6 +52,8 @@ def one(out: Path, setting: str, variant: str, seed: int) -> str:
     preset, keys = SETTINGS[setting]
     seeds = [f"seed.data={seed}", f"seed.train={seed}", "checkpoint.keep=1"]
     config = load_config(None, [*keys, *VARIANTS[variant], *seeds, *ONE_THREAD], presets.preset(preset))
+    if path.name in figures():
+        return f"{path.name}: among the kept figures"
     if (path / "config.toml").exists():
         if len(read_metrics(path)) >= config.train.rounds:
             return f"{path.name}: done before"
@@ -71,6 +76,39 @@ def run_all(out: Path, workers: int, only: str, skip: list[str]) -> None:
             print(f"{done}/{len(jobs)} {f'FAILED: {error}' if error else future.result()}", flush=True)
 
 
+def collect(out: Path) -> None:
+    """Add the finished runs of OUT to the figures that the project keeps."""
+    kept = figures()
+    for setting in SETTINGS:
+        for variant in VARIANTS:
+            for seed in SEEDS:
+                path = place(out, setting, variant, seed)
+                records: list[Any] = read_metrics(path)
+                if len(records) >= rounds_of(setting):
+                    kept[path.name] = {
+                        "commit": json.loads((path / "environment.json").read_text())["commit"],
+                        "partition": json.loads((path / "partition.json").read_text())["fingerprint"],
+                        "fused": [record["fused"]["test"]["accuracy"] for record in records],
+                        "refined": [record["refined"]["test"]["accuracy"] for record in records if "refined" in record],
+                        "ensembles": {
+                            record["round"]: record["ensembles"] for record in records if "ensembles" in record
+                        },
+                        "fedftg": [record["refinement"].get("fedftg", {}) for record in records],
+                        "seconds": sum(sum(record["seconds"].values()) for record in records),
+                    }
+    lines = [f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept)]
+    FIGURES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def figures() -> dict[str, Any]:
+    return json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+
+
+def rounds_of(setting: str) -> int:
+    preset, keys = SETTINGS[setting]
+    return load_config(None, keys, presets.preset(preset)).train.rounds
+
+
 def cell(values: list[float]) -> str:
     if not values:
         return "not run"
@@ -79,49 +117,44 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values) * 100:.1f}{spread}{short}"
 
 
-def table(out: Path) -> None:
-    for setting, (preset, keys) in SETTINGS.items():
-        rounds = load_config(None, keys, presets.preset(preset)).train.rounds
+def table() -> None:
+    kept = figures()
+    for setting in SETTINGS:
         print(f"\n### {setting}\n")
-        print("| method | round 1 | last round | mean over rounds | fused before refinement, mean | seconds |")
+        print("| method | round 1 | last round | mean over rounds | before refinement, mean | seconds |")
         print("| --- | --- | --- | --- | --- | --- |")
-        bounds: dict[str, list[float]] = {}
         for variant in VARIANTS:
-            columns: list[list[float]] = [[], [], [], [], []]
-            for seed in SEEDS:
-                records: list[Any] = read_metrics(place(out, setting, variant, seed))
-                if len(records) < rounds:
-                    continue
-                found, fused = accuracies(records), accuracies(records, model="fused")
-                refined = any("refined" in record for record in records)
-                seconds = sum(sum(record["seconds"].values()) for record in records)
-                values = [found[1], found[rounds], statistics.mean(found.values())]
-                for column, value in zip(
-                    columns, [*values, statistics.mean(fused.values()) if refined else None, seconds]
-                ):
-                    if value is not None:
-                        column.append(value)
-                if variant == "FedAvg":
-                    for when, record in (("first", records[0]), ("last", records[-1])):
-                        for kind, value in record["ensembles"].items():
-                            bounds.setdefault(f"{kind.replace('_', '-')} ensemble, {when} round", []).append(value)
-            shown = [cell(column) if column or index != 3 else "" for index, column in enumerate(columns[:4])]
-            spent = f"{statistics.mean(columns[4]):.0f}" if columns[4] else ""
-            print(f"| {variant} | {' | '.join(shown)} | {spent} |")
-        for name, values in bounds.items():
-            print(f"\nFedAvg's {name}: {cell(values)}.", end="")
-        print()
+            runs = [kept[name] for seed in SEEDS if (name := place(Path(), setting, variant, seed).name) in kept]
+            curves = [run["refined"] or run["fused"] for run in runs]
+            before = [statistics.mean(run["fused"]) for run in runs if run["refined"]]
+            shown = [
+                cell([curve[0] for curve in curves]),
+                cell([curve[-1] for curve in curves]),
+                cell([statistics.mean(curve) for curve in curves]),
+                cell(before) if before or not runs else "",
+                f"{statistics.mean(run['seconds'] for run in runs):.0f}" if runs else "",
+            ]
+            print(f"| {variant} | {' | '.join(shown)} |")
+        base = [kept[name] for seed in SEEDS if (name := place(Path(), setting, "FedAvg", seed).name) in kept]
+        bounds = [
+            f"{kind.replace('_', '-')}, round {round}: {cell([run['ensembles'][round][kind] for run in base])}"
+            for round in (base[0]["ensembles"] if base else {})
+            for kind in ("uniform", "class_weighted")
+        ]
+        print(f"\nEnsembles of FedAvg's clients: {'; '.join(bounds)}.")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("action", choices=["run", "collect", "table"])
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/first-results"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="only settings whose name holds this word")
     parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name holds one of these words")
     given = parser.parse_args()
     if given.action == "run":
         run_all(given.out, given.workers, given.only, given.skip)
+    elif given.action == "collect":
+        collect(given.out)
     else:
-        table(given.out)
+        table()
