@@ -6,6 +6,7 @@ from torch import nn
 
 from fedstill.errors import InputError
 from fedstill.models import Backbone, batch_norms, build_model, list_models, parameter_count
+from fedstill.models.fedmd import FEDMD_MODELS
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -69,10 +70,82 @@ def test_resnet18_initialisation():
         ("feddyn-cnn", (3, 32, 32), 797_962),
         ("mcmahan-cnn", (1, 28, 28), 1_663_370),
         ("mlp", (1, 28, 28), 785 * 200 + 201 * 10),
+        ("fedgen-cnn", (1, 28, 28), 26_434),
     ],
 )
 def test_published_sizes_of_the_plain_models(name, shape, count):
     assert parameter_count(build(name, shape)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "count"),
+    [("fedgen-cnn", (1, 28, 28), 26, 26_962), ("fedgen-celeba-cnn", (3, 84, 84), 2, 25_954)],
+)
+def test_fedgen_sizes_on_other_data(name, shape, classes, count):
+    assert parameter_count(build(name, shape, classes)) == count
+
+
+def test_fedgen_latent_is_linear():
+    features = build("fedgen-cnn", (1, 28, 28)).features(torch.randn(4, 1, 28, 28, generator=stream(1)))
+    assert features.shape == (4, 32)
+    assert features.min() < 0
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", None])
+@pytest.mark.parametrize(
+    ("name", "classes", "count", "norms"),
+    [
+        ("resnet8", 10, 78_042, 9),
+        ("resnet8", 100, 83_892, 9),
+        ("resnet20", 10, 272_474, 21),
+        ("resnet32", 10, 466_906, 33),
+    ],
+)
+def test_small_resnets_have_the_sizes_of_the_spec(norm, name, classes, count, norms):
+    model = build(name, (3, 32, 32), classes, norm=norm)
+    assert parameter_count(model) == count
+    assert len(batch_norms(model)) == (0 if norm == "gn" else norms)
+    groups = [part.num_groups for part in model.modules() if isinstance(part, nn.GroupNorm)]
+    assert groups == ([2] * norms if norm == "gn" else [])
+
+
+def test_small_resnet_maps_and_initialisation():
+    model, x, sizes = build("resnet20", (3, 32, 32)).eval(), torch.zeros(1, 3, 32, 32), []
+    for layer in model.body[:-2]:
+        x = layer(x)
+        sizes.append((x.shape[1], x.shape[2]))
+    assert sizes == [(16, 32)] * 6 + [(32, 16)] * 3 + [(64, 8)] * 3
+    last = model.body[-3].conv2.weight
+    assert last.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+
+
+def test_moon_cnn_with_its_projection_has_the_published_size():
+    model = build("moon-cnn", (3, 32, 32), projection=256)
+    assert parameter_count(model) == 92_626
+    assert parameter_count(build("moon-cnn", (1, 28, 28), projection=256)) == 92_626 - 2 * 150 - 144 * 120
+    assert [tuple(part.weight.shape) for part in model.body[1:] if isinstance(part, nn.Linear)] == [(84, 84), (256, 84)]
+    features = model.features(torch.randn(3, 3, 32, 32, generator=stream(1)))
+    assert features.shape == (3, 256)
+    assert features.min() < 0
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_registered_model_takes_a_projection(name):
+    shape = (1, 43, 43) if "celeba" in name else (1, 16, 16)
+    if name.startswith("fedmd") and len(FEDMD_MODELS[name][0]) == 2:
+        shape = (1, 4, 4)  # A linear layer as wide as their flattened map would fill the memory.
+    plain, model = (build(name, shape, 7, projection=projection).eval() for projection in (None, 5))
+    assert isinstance(model, Backbone)
+    d = plain.head.in_features
+    head = 0 if plain.head.bias is None else 1
+    added = d * d + d + d * 5 + 5 + (5 + head) * 7
+    assert parameter_count(model) == parameter_count(plain) - (d + head) * 7 + added
+    x = torch.randn(2, *shape, generator=stream(1))
+    features = model.features(x)
+    assert features.shape == (2, 5)
+    assert torch.equal(model.head(features), model(x))
+    # The body starts from the weights it has without a projection.
+    assert torch.equal(next(model.parameters()), next(plain.parameters()))
 
 
 FITTING = [
@@ -83,6 +156,12 @@ FITTING = [
     ("resnet18", (1, 28, 28)),
     ("feddyn-cnn", (1, 28, 28)),
     ("feddyn-cnn", (3, 16, 17)),
+    ("resnet8", (1, 8, 8)),
+    ("resnet20", (1, 28, 28)),
+    ("moon-cnn", (1, 28, 28)),
+    ("moon-cnn", (3, 16, 17)),
+    ("fedgen-cnn", (1, 4, 5)),
+    ("fedgen-celeba-cnn", (3, 43, 50)),
     ("mcmahan-cnn", (1, 8, 8)),
     ("mcmahan-cnn", (3, 30, 32)),
     ("mlp", (1, 8, 8)),
@@ -140,7 +219,9 @@ def test_weights_come_from_the_generator_alone():
 
 def test_list_models_has_a_summary_for_each():
     models = list_models()
-    assert list(models) == ["cnn", "resnet18", "feddyn-cnn", "mcmahan-cnn", "mlp"]
+    parties = [f"fedmd-{data}-{party}" for data in ("femnist", "cifar") for party in range(10)]
+    plain = ["feddyn-cnn", "mcmahan-cnn", "moon-cnn", "fedgen-cnn", "fedgen-celeba-cnn", "mlp"]
+    assert list(models) == ["cnn", "resnet18", "resnet8", "resnet20", "resnet32", *plain, *parties]
     assert all(summary and "\n" not in summary for summary in models.values())
 
 
@@ -162,6 +243,15 @@ def test_list_models_has_a_summary_for_each():
         ("cnn", (1, 8, 8), {"norm": "bn", "norm_groups": 2}, "only norm 'gn' has groups"),
         ("cnn", (1, 8, 8), {"norm": "ln"}, "model.norm: 'cnn' takes gn or bn or none"),
         ("resnet18", (3, 32, 32), {"norm": "none"}, "model.norm"),
+        ("resnet8", (3, 32, 32), {"norm": "none"}, "model.norm: 'resnet8' takes gn or bn"),
+        ("resnet8", (3, 32, 32), {"norm": "gn", "norm_groups": 3}, "3 groups do not divide 16"),
+        ("resnet20", (3, 7, 7), {}, "'resnet20' needs images"),
+        ("moon-cnn", (1, 8, 8), {}, "at least 16x16"),
+        ("fedgen-celeba-cnn", (3, 42, 42), {}, "at least 43x43"),
+        ("fedmd-cifar-1", (3, 8, 8), {}, "at least 12x12"),
+        ("fedmd-cifar-1", (3, 32, 32), {"norm": "gn"}, "model.norm: .* has no such option"),
+        ("mlp", (3,), {"projection": 0}, "model.projection: must be at least 1"),
+        ("builtins:dict", (3,), {"projection": 3}, "model.projection: only registered models.*let 'builtins:dict'"),
         ("resnet18", (3, 32, 32), {"stem": "vgg"}, "model.stem: .* imagenet or cifar"),
         ("no_such_package:make", (3,), {}, "cannot import 'no_such_package:make'"),
         ("math:no_such", (3,), {}, "cannot import"),

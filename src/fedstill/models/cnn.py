@@ -98,6 +98,42 @@ def feddyn_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
     return Backbone(body, 192, num_classes)
 
 
+def moon_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
+    """Return MOON's encoder for CIFAR-10: two unpadded conv5x5 (6, 16) with pooling, then 120 and 84 units.
+
+    62,006 parameters on (3, 32, 32) with 10 classes, and 92,626 with the paper's ``projection`` of 256, which
+    :func:`fedstill.models.build_model` adds to any model. It has no normalisation.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, H, W), at least 16x16.
+    num_classes : int
+        Number of logits.
+
+    Raises
+    ------
+    InputError
+        The input does not fit.
+    """
+    channels, height, width = image_shape("moon-cnn", input_shape, smallest=16)
+    flat = 16 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
+    body = nn.Sequential(
+        nn.Conv2d(channels, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(flat, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+    )
+    return Backbone(body, 84, num_classes)
+
+
 def mcmahan_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
     """Return the CNN of the FedAvg paper: padded conv5x5 of 32 and 64 channels with pooling, 512 units.
 

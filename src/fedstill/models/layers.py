@@ -25,12 +25,14 @@ class Backbone(nn.Module):
         Width D of the features.
     num_classes : int
         Number of logits.
+    bias : bool
+        Whether the head adds a bias, by default True.
     """
 
-    def __init__(self, body: nn.Module, feature_width: int, num_classes: int) -> None:
+    def __init__(self, body: nn.Module, feature_width: int, num_classes: int, *, bias: bool = True) -> None:
         super().__init__()
         self.body = body
-        self.head = nn.Linear(feature_width, num_classes)
+        self.head = nn.Linear(feature_width, num_classes, bias=bias)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features (B, D) of a batch, the input of ``head``."""
@@ -41,6 +43,77 @@ class Backbone(nn.Module):
         """Return the logits (B, classes) of a batch."""
         out: Tensor = self.head(self.features(x))
         return out
+
+
+def with_projection(model: Backbone, width: int) -> Backbone:
+    """Return ``model`` with MOON's projection between its body and a new head: linear - ReLU - linear.
+
+    The features are the projection's output; the hidden layer is as wide as the old features, D, and so has D^2
+    weights: too many where the features are a flattened map, as in FedMD's models. The body is taken over, not
+    copied; the new layers start from PyTorch's initialisation, and the head has a bias where the old one had.
+
+    Parameters
+    ----------
+    model : Backbone
+        The model without a projection.
+    width : int
+        Width of the projection, 256 in MOON.
+
+    Raises
+    ------
+    InputError
+        ``width`` is below 1.
+    """
+    if width < 1:
+        raise InputError(f"model.projection: must be at least 1, not {width}")
+    old = model.head
+    hidden = old.in_features
+    body = nn.Sequential(model.body, nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width))
+    return Backbone(body, width, old.out_features, bias=old.bias is not None)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask comes from a generator of its own, so that threads do not share a stream.
+
+    In train mode every element is zeroed with probability ``p`` and the others are scaled by 1 / (1 - p); in
+    eval mode, and with ``p`` 0, the input is returned. A copy of the layer continues with a copy of the
+    generator, from the same state.
+
+    Parameters
+    ----------
+    p : float
+        Probability in [0, 1), by default 0.5.
+
+    Attributes
+    ----------
+    generator : torch.Generator or None
+        Where masks are drawn, on the device of the input; None, the default, is PyTorch's global stream.
+        It belongs to no state dict; :func:`fedstill.models.randomness.layers_draw_from` sets it.
+
+    Raises
+    ------
+    InputError
+        ``p`` is not in [0, 1).
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise InputError(f"dropout: the probability must be in [0, 1), not {p}")
+        self.p = p
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, in train mode with elements dropped."""
+        if not self.training or self.p == 0:
+            return x
+        # Always float32, so that the mask depends on the stream alone and not on the dtype of the model.
+        draws = torch.rand(x.shape, generator=self.generator, device=x.device, dtype=torch.float32)
+        return x * (draws >= self.p).to(x.dtype).div_(1 - self.p)
+
+    def extra_repr(self) -> str:
+        """Return the probability, for ``print``."""
+        return f"p={self.p}"
 
 
 class GroupNorm(nn.GroupNorm):

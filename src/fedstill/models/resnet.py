@@ -1,6 +1,8 @@
-"""ResNet-18 with either stem and either normalisation."""
+"""Residual networks of basic blocks: ResNet-18 with either stem, and the small ones for CIFAR."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,15 +71,67 @@ def resnet18(
         layers = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), make_norm(norm, 64, groups), nn.ReLU()]
     else:
         raise InputError(f"model.stem: 'resnet18' takes imagenet or cifar, not {stem!r}")
-    channels = 64
-    for out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [
-            BasicBlock(channels, out, stride, norm, groups),
-            BasicBlock(out, out, 1, norm, groups),
-        ]
-        channels = out
+    layers += _stages((64, 128, 256, 512), 2, norm, groups)
+    return _classifier(layers, 512, num_classes)
+
+
+def cifar_resnet(
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    depth: int,
+    norm: Norm = "bn",
+    norm_groups: int | None = None,
+) -> Backbone:
+    """Return FedDF's ResNet-8, -20 or -32 for small images, with 64 features.
+
+    conv3x3(16) and three stages of (``depth`` - 2) / 6 basic blocks with 16, 32 and 64 channels. Where the
+    shape changes the shortcut is a conv1x1 with normalisation. Convolutions start as those of
+    :func:`resnet18`. With 10 classes and (3, 32, 32): 78,042, 272,474 and 466,906 parameters.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, H, W), at least 8x8.
+    num_classes : int
+        Number of logits.
+    depth : {8, 20, 32}
+        Layers with weights on the longest path; any 6 n + 2 is possible.
+    norm : {"bn", "gn"}
+        Normalisation, by default "bn", that of FedDF's results. Both have the same number of parameters.
+    norm_groups : int, optional
+        Groups of "gn", by default 2.
+
+    Raises
+    ------
+    InputError
+        The input does not fit, or an option has no such value.
+    """
+    name = f"resnet{depth}"
+    check_norm(name, norm, norm_groups, ("gn", "bn"))
+    channels, _, _ = image_shape(name, input_shape, smallest=8)
+    groups = 2 if norm_groups is None else norm_groups
+    layers = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), make_norm(norm, 16, groups), nn.ReLU()]
+    layers += _stages((16, 32, 64), (depth - 2) // 6, norm, groups)
+    return _classifier(layers, 64, num_classes)
+
+
+def _stages(widths: Sequence[int], blocks: int, norm: Norm, groups: int) -> list[nn.Module]:
+    """Return ``blocks`` blocks of each width; every stage but the first halves the map."""
+    layers: list[nn.Module] = []
+    channels = widths[0]
+    for out in widths:
+        for index in range(blocks):
+            stride = 2 if index == 0 and out != widths[0] else 1
+            layers.append(BasicBlock(channels, out, stride, norm, groups))
+            channels = out
+    return layers
+
+
+def _classifier(layers: Sequence[nn.Module], features: int, num_classes: int) -> Backbone:
+    """Return ``layers``, the global average and a head; convolutions start from Kaiming's normal distribution."""
     body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for module in body.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return Backbone(body, channels, num_classes)
+    return Backbone(body, features, num_classes)
