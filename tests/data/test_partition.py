@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fedstill.data import Partition, client_parts, list_protocols, make_partition, notes, partition
+from fedstill.data import Partition, client_parts, list_protocols, make_partition, notes, owned_test_shares, protocols
 from fedstill.errors import InputError
 
 PROTOCOLS = [name for name, _ in list_protocols()]
+WHOLE = [name for name in PROTOCOLS if name != "per-class"]
 LABELS = np.random.default_rng(5).integers(0, 10, 2003)
 NAMES = [f"class {label}" for label in range(10)]
 
@@ -36,8 +40,8 @@ def holding(*shares: list[int], classes: int = 3, labels: list[int]) -> Partitio
     return Partition(tuple(np.array(share) for share in shares), counts, "by hand", "")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("clients", [1, 7, 10])
+@pytest.mark.parametrize("protocol", WHOLE)
+@pytest.mark.parametrize("clients", [1, 7, 10, 11, 25])
 def test_every_sample_is_used_once_and_counted(protocol: str, clients: int) -> None:
     made = make(protocol=protocol, clients=clients)
     assert len(made.indices) == clients
@@ -49,13 +53,21 @@ def test_every_sample_is_used_once_and_counted(protocol: str, clients: int) -> N
     assert made.protocol == protocol
 
 
-@pytest.mark.parametrize("protocol", ["dirichlet-per-client", "dirichlet-per-class"])
+@pytest.mark.parametrize("protocol", ["dirichlet-per-client", "dirichlet-per-class", "fedgen"])
 def test_replays_use_every_sample_once_too(protocol: str) -> None:
     made = make(protocol=protocol, replay=True, beta=1.0)
     assert sorted(np.concatenate(made.indices)) == list(range(len(LABELS)))
 
 
-@pytest.mark.parametrize("protocol", ["iid", "dirichlet-per-client"])
+@pytest.mark.parametrize("protocol", ["feddf", "multinomial"])
+def test_replays_of_equal_sizes_drop_what_is_left(protocol: str) -> None:
+    made = make(protocol=protocol, replay=True, beta=1.0)
+    used = np.concatenate(made.indices)
+    assert {len(own) for own in made.indices} == {200}
+    assert len(set(used)) == 2000
+
+
+@pytest.mark.parametrize("protocol", ["iid", "dirichlet-per-client", "feddf", "multinomial"])
 def test_equal_sizes_differ_by_one_at_most(protocol: str) -> None:
     sizes = [len(own) for own in make(protocol=protocol, clients=100).indices]
     assert sorted(sizes) == [20] * 97 + [21] * 3
@@ -69,7 +81,8 @@ def test_sigma_spreads_the_sizes(protocol: str) -> None:
 
 
 def test_as_many_clients_as_samples() -> None:
-    for protocol, sigma in (("iid", 3.0), ("dirichlet-per-client", 3.0), ("shards", 0.0)):
+    others = [(protocol, 0.0) for protocol in ("shards", "feddf", "multinomial")]
+    for protocol, sigma in (("iid", 3.0), ("dirichlet-per-client", 3.0), *others):
         made = make(LABELS[:50], protocol=protocol, sigma=sigma, clients=50, shards_per_client=1)
         assert {len(own) for own in made.indices} == {1}
 
@@ -86,7 +99,7 @@ def test_fingerprint_is_that_of_the_shares(protocol: str) -> None:
 
 def test_fingerprint_depends_on_nothing_a_protocol_does_not_use() -> None:
     plain = make(protocol="iid").fingerprint
-    assert make(protocol="iid", beta=3.0, min_size=4, shards_per_client=5).fingerprint == plain
+    assert make(protocol="iid", beta=3.0, min_size=4, shards_per_client=5, samples_per_class=9).fingerprint == plain
     assert make(LABELS.astype(np.uint8), protocol="iid").fingerprint == plain
 
 
@@ -120,7 +133,7 @@ def test_mixtures_that_underflow_still_end(beta: float) -> None:
 
 
 def test_a_class_without_samples_is_nobodys() -> None:
-    for protocol in PROTOCOLS:
+    for protocol in WHOLE:
         labels = np.where(LABELS == 4, 5, LABELS)
         assert make(labels, protocol=protocol).counts[:, 4].sum() == 0
 
@@ -145,6 +158,108 @@ def test_shards_hold_few_classes() -> None:
     assert {len(own) for own in made.indices} == {100}
 
 
+def test_feddf_mixes_within_groups_of_ten() -> None:
+    # A group of ten is like the whole, for its slice comes from a shuffle; its clients are not.
+    labels = np.arange(20_000) % 10
+    counts = make(labels, protocol="feddf", clients=40, beta=0.1).counts
+    assert np.abs(counts.reshape(4, 10, 10).sum(axis=1) / 5_000 - 0.1).max() < 0.02
+    assert (counts > 50).sum(axis=1).mean() < 5
+
+
+def test_feddf_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "ATTEMPTS", 1)
+    with pytest.raises(InputError, match=r"half their mean size; take a larger data\.beta"):
+        make(protocol="feddf", beta=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "of_each", "ratio", "kept"),
+    [(10, 6000, 0.5, 1500), (26, 4800, 0.1, 480), (10, 6000, 1.0, 6000)],
+    ids=["mnist", "emnist", "all"],
+)
+def test_fedgen_keeps_what_the_released_files_hold(classes: int, of_each: int, ratio: float, kept: int) -> None:
+    """Their 20 users share 15,000 samples of MNIST with ratio 0.5 and 12,480 of EMNIST with ratio 0.1."""
+    labels = np.repeat(np.arange(classes), of_each)
+    made = make(labels, classes, protocol="fedgen", clients=20, beta=1.0, ratio=ratio)
+    assert made.counts.sum(axis=0).tolist() == [kept] * classes
+    assert len(set(np.concatenate(made.indices))) == kept * classes
+    assert min(len(own) for own in made.indices) >= 10
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_multinomial_has_the_law_of_drawing_one_after_another(replay: bool) -> None:
+    # Two samples of each of two classes; the first client takes two. With a mixture (p, 1 - p), p uniform, both are
+    # of class 0 with probability p * p / (2 - p), which is 4 log 2 - 5/2 on average.
+    draws = 3000
+    drawn = Counter(
+        int(
+            make(
+                np.array([0, 0, 1, 1]), 2, protocol="multinomial", clients=2, beta=1.0, replay=replay, seed=seed
+            ).counts[0, 0]
+        )
+        for seed in range(draws)
+    )
+    both = 4 * math.log(2) - 2.5
+    for held, expected in ((0, both), (1, 1 - 2 * both), (2, both)):
+        assert drawn[held] / draws == pytest.approx(expected, abs=0.03)
+
+
+def test_multinomial_gives_the_last_clients_what_is_left() -> None:
+    labels = np.arange(1000) % 10
+    made = make(labels, protocol="multinomial", beta=1e-6)
+    # Each client takes all of a class, or what is there of it, before it takes of another.
+    assert made.counts[0].max() == 100
+    assert made.counts.sum(axis=0).tolist() == [100] * 10
+
+
+def test_a_multinomial_replay_stops_where_no_class_with_weight_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Today's PyTorch gives every class some weight; others did not.
+    monkeypatch.setattr(protocols.torch, "_sample_dirichlet", lambda *_, **__: torch.eye(10)[4])
+    with pytest.raises(InputError, match=r"client 1 of 10 finds fewer than 100 samples.*set data\.replay to false"):
+        make(np.arange(1000) % 10, protocol="multinomial", replay=True)
+
+
+def test_per_class_gives_every_client_its_number_of_every_class() -> None:
+    made = make(protocol="per-class", clients=10, samples_per_class=3)
+    assert made.counts.tolist() == [[3] * 10] * 10
+    assert len(set(np.concatenate(made.indices))) == 300
+    for own in made.indices:
+        assert np.bincount(LABELS[own], minlength=10).tolist() == [3] * 10
+
+
+def test_per_class_takes_classes_in_a_circle() -> None:
+    made = make(np.arange(40) % 5, 5, protocol="per-class", clients=5, samples_per_class=2, classes_per_client=3)
+    assert made.counts.tolist() == [
+        [2, 2, 2, 0, 0],
+        [2, 0, 0, 2, 2],
+        [0, 2, 2, 2, 0],
+        [2, 2, 0, 0, 2],
+        [0, 0, 2, 2, 2],
+    ]
+
+
+def test_per_class_can_use_up_every_sample() -> None:
+    made = make(np.arange(60) % 3, 3, protocol="per-class", clients=4, samples_per_class=5)
+    assert sorted(np.concatenate(made.indices)) == list(range(60))
+    with pytest.raises(InputError, match=r"4 clients are to have 5 samples each of class 2, which has 19; take fewer"):
+        make((np.arange(60) % 3)[:59], 3, protocol="per-class", clients=4, samples_per_class=5)
+
+
+def test_test_shares_follow_the_classes_that_a_client_owns() -> None:
+    counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 4]])
+    labels = np.array([0, 1, 0, 2, 0, 2, 1, 0, 0, 2, 0, 0, 2, 2, 2])
+    # Class 0 has seven, two for each owner; class 1 has two, fewer than there are clients; class 2 has six.
+    shares = owned_test_shares(labels, counts)
+    assert [own.tolist() for own in shares] == [[0, 2, 3, 5], [4, 7], [9, 12]]
+    assert [own.dtype for own in shares] == [np.int64] * 3
+
+
+def test_test_shares_can_be_empty_and_refuse_other_labels() -> None:
+    assert [own.tolist() for own in owned_test_shares(np.zeros(0, int), np.ones((2, 3), int))] == [[], []]
+    with pytest.raises(InputError, match="beyond the 3 classes"):
+        owned_test_shares(np.array([0, 3]), np.ones((2, 3), int))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -163,6 +278,21 @@ def test_shards_hold_few_classes() -> None:
         ({"protocol": "dirichlet-per-class", "min_size": 201}, r"data\.min_size: 10 clients cannot"),
         ({"protocol": "dirichlet-per-class", "min_size": 190, "beta": 0.01}, r"smaller data\.min_size.*data\.beta"),
         ({"replay": True, "sigma": 30.0}, "without a sample"),
+        ({"protocol": "fedgen", "ratio": 0.0}, r"data\.ratio must be"),
+        ({"protocol": "fedgen", "ratio": 1.5}, r"data\.ratio must be"),
+        ({"protocol": "fedgen", "ratio": float("nan")}, r"data\.ratio must be"),
+        ({"protocol": "fedgen", "ratio": 0.01}, r"data\.min_size: 10 clients cannot.*or a larger data\.ratio$"),
+        ({"protocol": "fedgen", "min_size": 0}, r"data\.min_size must be"),
+        ({"protocol": "iid", "ratio": 0.5}, r"data\.ratio has no meaning for 'iid', only for fedgen; set it to 1"),
+        ({"protocol": "per-class", "samples_per_class": 0}, r"data\.samples_per_class must be"),
+        ({"protocol": "per-class", "classes_per_client": 0}, r"data\.classes_per_client must be from 1 to the 10"),
+        ({"protocol": "per-class", "classes_per_client": 11}, r"data\.classes_per_client must be from 1 to the 10"),
+        ({"protocol": "per-class", "replay": True}, r"data\.replay: there is no replay of 'per-class'"),
+        (
+            {"protocol": "iid", "classes_per_client": 2},
+            r"data\.classes_per_client has no meaning for 'iid'.*leave it out",
+        ),
+        ({"protocol": "multinomial", "replay": True, "seed": 2**32}, "seed must be from 0"),
     ],
 )
 def test_values_that_cannot_work(changes: dict[str, Any], message: str) -> None:
@@ -171,7 +301,7 @@ def test_values_that_cannot_work(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_replay_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "REDRAWS", 1000)
+    monkeypatch.setattr(protocols, "REDRAWS", 1000)
     with pytest.raises(InputError, match=r"set data\.replay to false"):
         make(replay=True, beta=0.01)
 

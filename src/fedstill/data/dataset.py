@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from fedstill.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
@@ -41,6 +43,30 @@ class Samples:
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples on ``device``; nothing is copied when they are there already."""
         return Samples(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """Images without labels, on one device.
+
+    Attributes
+    ----------
+    x : Tensor, (N, C, H, W) float32
+        Normalised images.
+    """
+
+    x: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, indices: Indices) -> Unlabelled:
+        """Return a copy of the images at ``indices`` (n,), in that order, on the same device."""
+        return Unlabelled(self.x[torch.as_tensor(indices, dtype=torch.int64, device=self.x.device)])
+
+    def to(self, device: torch.device | str) -> Unlabelled:
+        """Return the images on ``device``; nothing is copied when they are there already."""
+        return Unlabelled(self.x.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +153,38 @@ class RawDataSet:
     def test(self, indices: IntArray | None = None) -> Samples:
         """Return the test samples at ``indices`` (n,), or all of them, normalised."""
         return self._samples(self.x_test, self.y_test, indices)
+
+    def only(self, classes: Sequence[int]) -> RawDataSet:
+        """Return the samples of some classes, renumbered 0, 1, ... in the order given, training and test alike.
+
+        The samples keep their order and the normalisation that of the whole set. Where part of the training
+        samples is kept for testing, ``held_out`` becomes the same part of fewer samples, rounded, at least 1.
+
+        Raises
+        ------
+        InputError
+            For fewer than 2 classes, and for classes that there are not or that stand there twice.
+        """
+        known = range(self.num_classes)
+        wrong = [label for place, label in enumerate(classes) if label not in known or label in classes[:place]]
+        if wrong or len(classes) < 2:
+            raise InputError(
+                f"classes {list(classes)} of {self.name}: name 2 or more of 0 to {self.num_classes - 1}, each once"
+                f"{f', which {wrong[0]} is not' if wrong else ''}; correct data.classes (or public.classes)"
+            )
+        number = np.full(self.num_classes, -1)
+        number[list(classes)] = np.arange(len(classes))
+        train, test = (np.flatnonzero(number[y] >= 0) for y in (self.y_train, self.y_test))
+        held_out = round(self.held_out * len(train) / len(self.y_train))
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=number[self.y_train[train]],
+            x_test=self.x_test[test],
+            y_test=number[self.y_test[test]],
+            class_names=tuple(self.class_names[label] for label in classes),
+            held_out=max(1, held_out) if self.held_out else 0,
+        )
 
     def normalised(self) -> DataSet:
         """Return the whole set as float32."""

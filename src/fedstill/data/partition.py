@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fedstill.data.dataset import IntArray
+from fedstill.data.protocols import PROTOCOLS, Request
 from fedstill.errors import InputError
 from fedstill.names import unknown
 from fedstill.rng import numpy_stream
 
-Random = np.random.Generator | np.random.RandomState
-
-ATTEMPTS = 1_000
-"""How often ``dirichlet-per-class`` is drawn before it is given up."""
-REDRAWS = 10_000_000
-"""How many draws of exhausted classes a replay may make in all; some seconds."""
+_NEUTRAL = {"sigma": (0, "set it to 0"), "ratio": (1, "set it to 1"), "classes_per_client": (None, "leave it out")}
+"""Keys that only some protocols heed: the value that says nothing, and how to say nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,33 +42,6 @@ class Partition:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of :func:`make_partition`, checked."""
-
-    labels: IntArray
-    classes: int
-    clients: int
-    beta: float
-    sigma: float
-    shards_per_client: int
-    min_size: int
-
-    @property
-    def samples(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """How a protocol draws the shares, its summary, and the draw with the authors' random stream if any."""
-
-    summary: str
-    draw: Callable[[_Request, np.random.Generator], list[IntArray]]
-    replay: Callable[[_Request, np.random.RandomState], list[IntArray]] | None = None
-    takes_sigma: bool = False
-
-
 def make_partition(
     labels: npt.NDArray[np.integer],
     num_classes: int,
@@ -83,12 +52,17 @@ def make_partition(
     sigma: float = 0.0,
     shards_per_client: int = 2,
     min_size: int = 10,
+    ratio: float = 1.0,
+    samples_per_class: int = 3,
+    classes_per_client: int | None = None,
     replay: bool = False,
     seed: int = 0,
 ) -> Partition:
     """Share the training samples among the clients.
 
-    Every sample is used. Where a protocol gives equal sizes, they differ by at most one.
+    Every sample is used, save by ``fedgen`` with a ratio below 1, by ``per-class``, and by the replays of ``feddf``
+    and ``multinomial``, which drop the last N mod ``clients`` samples. Where a protocol gives equal sizes, they
+    differ by at most one.
 
     Parameters
     ----------
@@ -108,10 +82,22 @@ def make_partition(
     shards_per_client : int
         For ``shards``.
     min_size : int
-        Smallest client that ``dirichlet-per-class`` accepts; the authors' value is 10.
+        Smallest client that ``dirichlet-per-class`` and ``fedgen`` accept; the authors' value is 10 (FedGen's on
+        EMNIST is 10 times the number of classes).
+    ratio : float
+        For ``fedgen``, above 0 and at most 1: a class gives at most the smaller of ``ratio * N / clients`` and
+        ``ratio`` times its samples, and a client that holds ``ratio * N / clients`` gets no more classes. With 1 every
+        sample is used, as in the released code.
+    samples_per_class : int
+        For ``per-class``: how many samples of each of its classes a client gets; FedMD's letters and CIFAR have 3.
+    classes_per_client : int or None
+        For ``per-class``: how many classes c a client has, client k those with the numbers (k c + j) modulo the
+        number of classes, j = 0 to c - 1; by default all.
     replay : bool
-        Draw exactly as the released code does, with NumPy's legacy generator seeded with ``seed``: for
-        ``dirichlet-per-client`` (FedFTG's loop, its rejection included) and ``dirichlet-per-class`` (MOON).
+        Draw exactly as the released code does, with its generator seeded with ``seed``: NumPy's legacy one for
+        ``dirichlet-per-client`` (FedFTG's loop, its rejection included), ``dirichlet-per-class`` (MOON), ``feddf`` and
+        ``fedgen`` (classes in the order of their numbers), PyTorch's for ``multinomial`` (FedFTG's other loop; these
+        bits belong to the version of PyTorch).
     seed : int
         Seed of the experiment.
 
@@ -121,19 +107,30 @@ def make_partition(
         For values out of range (naming the key), an unknown protocol, a replay that does not exist or does
         not end, and a minimum size that is not reached.
     """
-    if protocol not in _PROTOCOLS:
-        raise unknown("partition protocol", protocol, _PROTOCOLS)
-    chosen = _PROTOCOLS[protocol]
-    request = _Request(
-        np.asarray(labels, dtype=np.int64), num_classes, clients, beta, sigma, shards_per_client, min_size
+    if protocol not in PROTOCOLS:
+        raise unknown("partition protocol", protocol, PROTOCOLS)
+    chosen = PROTOCOLS[protocol]
+    request = Request(
+        labels=np.asarray(labels, dtype=np.int64),
+        classes=num_classes,
+        clients=clients,
+        beta=beta,
+        sigma=sigma,
+        shards_per_client=shards_per_client,
+        min_size=min_size,
+        ratio=ratio,
+        samples_per_class=samples_per_class,
+        classes_per_client=classes_per_client,
     )
     _check(request, protocol)
     if not replay:
         indices = chosen.draw(request, numpy_stream(seed, "partition"))
     elif chosen.replay:
-        indices = chosen.replay(request, _legacy_stream(seed))
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed must be from 0 to 2**32 - 1 with data.replay, it is {seed}")
+        indices = chosen.replay(request, seed)
     else:
-        known = ", ".join(name for name, entry in _PROTOCOLS.items() if entry.replay)
+        known = ", ".join(name for name, entry in PROTOCOLS.items() if entry.replay)
         raise InputError(f"data.replay: there is no replay of {protocol!r}, only of {known}; set it to false")
     empty = [client for client, own in enumerate(indices) if len(own) == 0]
     if empty:
@@ -146,7 +143,7 @@ def make_partition(
 
 def list_protocols() -> list[tuple[str, str]]:
     """Return (name, one-line summary) of every protocol."""
-    return [(name, entry.summary) for name, entry in _PROTOCOLS.items()]
+    return [(name, entry.summary) for name, entry in PROTOCOLS.items()]
 
 
 def client_parts(
@@ -193,6 +190,42 @@ def client_parts(
     return parts
 
 
+def owned_test_shares(test_labels: npt.NDArray[np.integer], counts: IntArray) -> list[IntArray]:
+    """Return each client's own part of a common test set, by the classes that it trains on (FedGen's users).
+
+    Of every class with n test samples each client that owns the class gets floor(n / clients), disjoint and in the
+    order of the clients; what is left is nobody's. A client may get none.
+
+    Parameters
+    ----------
+    test_labels : integer array, (N,)
+        Labels of the test samples, from 0.
+    counts : int64 array, (clients, classes)
+        Training samples of each class at each client, such as :attr:`Partition.counts`; above 0 owns the class.
+
+    Returns
+    -------
+    list of int64 array, each (n_k,)
+        Positions in the test samples, by client, class by class.
+
+    Raises
+    ------
+    InputError
+        For labels beyond the classes of ``counts``.
+    """
+    clients, classes = counts.shape
+    labels = np.asarray(test_labels, dtype=np.int64)
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        raise InputError(f"the test labels go beyond the {classes} classes that the clients' counts have")
+    shares: list[list[IntArray]] = [[np.zeros(0, np.int64)] for _ in range(clients)]
+    for label in range(classes):
+        members = np.flatnonzero(labels == label)
+        each = len(members) // clients
+        for place, client in enumerate(np.flatnonzero(counts[:, label])):
+            shares[client].append(members[place * each : (place + 1) * each])
+    return [np.concatenate(own) for own in shares]
+
+
 def notes(partition: Partition, class_names: Sequence[str], batch_size: int) -> list[str]:
     """Return one line on each thing about a partition that is allowed but worth knowing.
 
@@ -232,7 +265,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _check(request: _Request, protocol: str) -> None:
+def _check(request: Request, protocol: str) -> None:
     if request.clients < 1:
         raise InputError(f"data.clients must be at least 1, it is {request.clients}")
     if request.clients > request.samples:
@@ -244,14 +277,17 @@ def _check(request: _Request, protocol: str) -> None:
         raise InputError(f"data.beta must be a number above 0, it is {request.beta}")
     if not (request.sigma >= 0 and math.isfinite(request.sigma)):
         raise InputError(f"data.sigma must be a number of at least 0, it is {request.sigma}")
-    if request.sigma and not _PROTOCOLS[protocol].takes_sigma:
-        known = " and ".join(name for name, entry in _PROTOCOLS.items() if entry.takes_sigma)
-        raise InputError(f"data.sigma has no meaning for {protocol!r}, only for {known}; set it to 0")
+    if not 0 < request.ratio <= 1:
+        raise InputError(f"data.ratio must be a number above 0 and at most 1, it is {request.ratio}")
+    for key, (neutral, remedy) in _NEUTRAL.items():
+        if getattr(request, key) != neutral and key not in PROTOCOLS[protocol].takes:
+            known = " and ".join(name for name, entry in PROTOCOLS.items() if key in entry.takes)
+            raise InputError(f"data.{key} has no meaning for {protocol!r}, only for {known}; {remedy}")
     if request.labels.min() < 0 or request.labels.max() >= request.classes:
         raise InputError(f"the labels go beyond the {request.classes} classes from 0")
 
 
-def _count(request: _Request, indices: Sequence[IntArray]) -> IntArray:
+def _count(request: Request, indices: Sequence[IntArray]) -> IntArray:
     owner = np.repeat(np.arange(request.clients), [len(own) for own in indices])
     cell = owner * request.classes + request.labels[np.concatenate(indices)]
     flat = np.bincount(cell, minlength=request.clients * request.classes)
@@ -264,165 +300,3 @@ def _fingerprint(indices: Sequence[IntArray]) -> str:
         digest.update(np.array(len(own), "<i8").tobytes())
         digest.update(own.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _legacy_stream(seed: int) -> np.random.RandomState:
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must be from 0 to 2**32 - 1 with data.replay, it is {seed}")
-    return np.random.RandomState(seed)
-
-
-def _sizes(request: _Request, rng: np.random.Generator) -> IntArray:
-    """Return client sizes (clients,) that sum to the number of samples, each at least 1."""
-    weights = rng.lognormal(0, request.sigma, request.clients) if request.sigma else np.ones(request.clients)
-    # Everyone has one sample first; the others go by weight, what rounding leaves to the largest remainders.
-    exact = weights / weights.sum() * (request.samples - request.clients)
-    sizes: IntArray = np.floor(exact).astype(np.int64) + 1
-    left = request.samples - int(sizes.sum())
-    sizes[np.argsort(sizes - exact, kind="stable")[:left]] += 1
-    return sizes
-
-
-def _cut(order: IntArray, sizes: IntArray) -> list[IntArray]:
-    return np.split(order, np.cumsum(sizes)[:-1])
-
-
-def _iid(request: _Request, rng: np.random.Generator) -> list[IntArray]:
-    return _cut(rng.permutation(request.samples), _sizes(request, rng))
-
-
-def _shards(request: _Request, rng: np.random.Generator) -> list[IntArray]:
-    shards = request.clients * request.shards_per_client
-    if not request.clients <= shards <= request.samples:
-        raise InputError(
-            f"data.shards_per_client: {request.shards_per_client} shards for each of {request.clients} "
-            f"clients cannot be cut from {request.samples} training samples; it must be from 1 to "
-            f"{request.samples // request.clients}"
-        )
-    shuffled = rng.permutation(request.samples)
-    by_label = shuffled[np.argsort(request.labels[shuffled], kind="stable")]
-    pieces = np.array_split(by_label, shards)
-    dealt = rng.permutation(shards).reshape(request.clients, request.shards_per_client)
-    return [np.concatenate([pieces[shard] for shard in hand]) for hand in dealt]
-
-
-def _per_client(request: _Request, rng: np.random.Generator) -> list[IntArray]:
-    """Draw each sample's client uniformly among those not full and its class from the client's mixture.
-
-    The mixture is taken over the classes that are not exhausted, which is the law of drawing again until
-    such a class comes up; where the classes left have no weight at all, they are equally likely.
-    """
-    quota = _sizes(request, rng).tolist()
-    mixtures = rng.dirichlet(np.full(request.classes, request.beta), request.clients)
-    shuffled = rng.permutation(request.samples)
-    stacks = [shuffled[request.labels[shuffled] == label].tolist() for label in range(request.classes)]
-    left = np.array([float(len(stack) > 0) for stack in stacks])
-    waiting = list(range(request.clients))
-    shares: list[list[int]] = [[] for _ in waiting]
-    for for_client, for_class in rng.random((request.samples, 2)).tolist():
-        slot = int(for_client * len(waiting))
-        client = waiting[slot]
-        cumulative = (mixtures[client] * left).cumsum()
-        if cumulative[-1] < np.finfo(np.float64).tiny:
-            cumulative = left.cumsum()
-        # 1 - u lies in (0, 1]: the first class to reach it has weight, and the last one does reach it.
-        label = int(cumulative.searchsorted((1 - for_class) * cumulative[-1]))
-        shares[client].append(stacks[label].pop())
-        if not stacks[label]:
-            left[label] = 0
-        if len(shares[client]) == quota[client]:
-            waiting[slot] = waiting[-1]
-            waiting.pop()
-    return [np.array(share, np.int64) for share in shares]
-
-
-def _per_client_replay(request: _Request, rng: np.random.RandomState) -> list[IntArray]:
-    """Follow the law of :func:`_per_client` by FedFTG's calls, which draw again for exhausted classes."""
-    samples, clients = request.samples, request.clients
-    shuffled = rng.permutation(samples)
-    stacks = [shuffled[request.labels[shuffled] == label].tolist() for label in range(request.classes)]
-    weights = rng.lognormal(np.log(samples // clients), request.sigma, clients)
-    sizes = np.floor(weights / weights.sum() * samples).astype(np.int64)
-    sizes[0] += samples - sizes.sum()
-    quota = sizes.tolist()
-    mixtures = rng.dirichlet([request.beta] * request.classes, clients)
-    if not np.isfinite(mixtures).all():
-        raise InputError(f"data.beta: {request.beta} is too small for data.replay; set data.replay to false")
-    cumulative = mixtures.cumsum(axis=1).tolist()
-    shares: list[list[int]] = [[] for _ in range(clients)]
-    redraws = 0
-    for _ in range(samples):
-        client = rng.randint(clients)
-        while not quota[client]:
-            client = rng.randint(clients)
-        quota[client] -= 1
-        while True:
-            # A sum that rounding left below 1 can be missed; the released argmax then answers class 0.
-            label = bisect_left(cumulative[client], rng.random_sample()) % request.classes
-            if stacks[label]:
-                break
-            redraws += 1
-            if redraws > REDRAWS:
-                raise InputError(
-                    f"data.replay: the released loop had drawn {REDRAWS} exhausted classes with "
-                    f"{sum(quota) + 1} samples still to give, and may never end; "
-                    f"set data.replay to false, which follows the same law"
-                )
-        shares[client].append(stacks[label].pop())
-    return [np.array(share[::-1], np.int64) for share in shares]
-
-
-def _per_class(request: _Request, rng: Random) -> list[IntArray]:
-    """Share each class over the clients by a Dirichlet draw, until every client has ``min_size`` samples."""
-    if request.min_size < 1:
-        raise InputError(f"data.min_size must be at least 1, it is {request.min_size}")
-    if request.min_size * request.clients > request.samples:
-        raise InputError(
-            f"data.min_size: {request.clients} clients cannot have {request.min_size} samples each of "
-            f"{request.samples}; take fewer data.clients or a smaller data.min_size"
-        )
-    members = [np.flatnonzero(request.labels == label) for label in range(request.classes)]
-    for _ in range(ATTEMPTS):
-        orders, cuts = [], []
-        sizes = np.zeros(request.clients, np.int64)
-        for own in members:
-            order = own.copy()
-            rng.shuffle(order)
-            weights = rng.dirichlet(np.full(request.clients, request.beta))
-            weights = weights * (sizes < request.samples / request.clients)
-            if not weights.sum() > 0:
-                weights = (sizes == sizes.min()).astype(np.float64)
-            cut = (np.cumsum(weights / weights.sum()) * len(order)).astype(np.int64)[:-1]
-            orders.append(order)
-            cuts.append(cut)
-            sizes += np.diff(cut, prepend=0, append=len(order))
-        if sizes.min() >= request.min_size:
-            break
-    else:
-        raise InputError(
-            f"data.min_size: none of {ATTEMPTS} draws of 'dirichlet-per-class' gave all {request.clients} "
-            f"clients {request.min_size} samples; take a smaller data.min_size, fewer data.clients or a "
-            f"larger data.beta (it is {request.beta})"
-        )
-    pieces = [np.split(order, cut) for order, cut in zip(orders, cuts)]
-    indices = [np.concatenate(own) for own in zip(*pieces)]
-    for share in indices:
-        rng.shuffle(share)
-    return indices
-
-
-_PROTOCOLS = {
-    "iid": _Protocol("a shuffle cut into slices, every client like the whole", _iid, takes_sigma=True),
-    "dirichlet-per-client": _Protocol(
-        "each client draws its class mixture from Dir(beta), sizes equal or log-normal (FedDyn, FedFTG)",
-        _per_client,
-        _per_client_replay,
-        takes_sigma=True,
-    ),
-    "dirichlet-per-class": _Protocol(
-        "each class is shared over the clients by Dir(beta), sizes unequal (MOON, NIID-Bench)",
-        _per_class,
-        _per_class,
-    ),
-    "shards": _Protocol("sorted by label, cut into shards, some shards per client (McMahan et al.)", _shards),
-}

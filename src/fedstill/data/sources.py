@@ -15,6 +15,7 @@ import lzma
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -99,12 +100,12 @@ def list_datasets() -> list[tuple[str, str]]:
     return [(_DIGITS, _DIGITS_SUMMARY), *((name, source.summary) for name, source in _SOURCES.items())]
 
 
-def load_dataset(name: str, root: Path | str | None = None) -> DataSet:
+def load_dataset(name: str, root: Path | str | None = None, classes: Sequence[int] | None = None) -> DataSet:
     """Return a whole data set as normalised float32; arguments and errors as :func:`load_raw`."""
-    return load_raw(name, root).normalised()
+    return load_raw(name, root, classes).normalised()
 
 
-def load_raw(name: str, root: Path | str | None = None) -> RawDataSet:
+def load_raw(name: str, root: Path | str | None = None, classes: Sequence[int] | None = None) -> RawDataSet:
     """Read a data set and check it, its images still uint8.
 
     Parameters
@@ -114,14 +115,21 @@ def load_raw(name: str, root: Path | str | None = None) -> RawDataSet:
     root : Path or str, optional
         Folder with ``<name>.npz``; by default the environment variable ``FEDSTILL_DATA``. Not needed for
         ``digits``.
+    classes : sequence of int, optional
+        Only these classes, as :meth:`RawDataSet.only` gives them; by default all.
 
     Raises
     ------
     InputError
         For an unknown name; no folder; a file that is missing, damaged or does not agree with
         ``SHA256SUMS``; arrays that are missing or of the wrong type, shape, length or labels; WebP images
-        without Pillow.
+        without Pillow; classes that :meth:`RawDataSet.only` refuses.
     """
+    raw = _whole(name, root)
+    return raw if classes is None else raw.only(classes)
+
+
+def _whole(name: str, root: Path | str | None) -> RawDataSet:
     if name == _DIGITS:
         return _digits()
     if name not in _SOURCES:
