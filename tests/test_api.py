@@ -154,7 +154,7 @@ def test_one_client_is_trained_alone(digits: Any) -> None:
     trainer = trainer_of(digits, FedAvgObjective())
     model = Stateless(module)
     work = fedstill.ClientWork(0, 1, model_payload(start), {}, send_label_counts=True)
-    result = trainer(model, work)
+    result = trainer([model], work)
     own = digits.train.take(trainer.shares[1])
     before = fedstill.evaluate(model, start, own, 10, 100)
     after = fedstill.evaluate(model, result.payload.weights(), own, 10, 100)
@@ -163,9 +163,9 @@ def test_one_client_is_trained_alone(digits: Any) -> None:
     assert result.steps == 8 * 7
     assert result.state == {}
     assert result.payload[Kind.LABEL_COUNTS]["counts"].tolist() == shares_of(digits).counts[1].tolist()
-    again = trainer(model, work)
+    again = trainer([model], work)
     assert same_weights(again.payload.weights(), result.payload.weights())
-    later = trainer(model, fedstill.ClientWork(1, 1, model_payload(start), {}))
+    later = trainer([model], fedstill.ClientWork(1, 1, model_payload(start), {}))
     assert not same_weights(later.payload.weights(), result.payload.weights())
     assert Kind.LABEL_COUNTS not in later.payload
 
@@ -178,7 +178,7 @@ def test_one_client_of_another_method_is_trained_alone(digits: Any, objective: A
     start = Weights(*split_state(module))
     payload = model_payload(start).also(Kind.CONTROL_VARIATE, zeros_like(start.params))
     work = fedstill.ClientWork(0, 0, payload.also(Kind.SCALARS, scalars(omega=1.0)), {})
-    result = trainer_of(digits, objective, epochs=1)(Stateless(module), work)
+    result = trainer_of(digits, objective, epochs=1)([Stateless(module)], work)
     assert (Kind.CONTROL_VARIATE in result.payload) == bool(result.state) == isinstance(objective, ScaffoldObjective)
 
 
@@ -187,7 +187,7 @@ def test_a_model_is_refined_from_a_list_of_teachers(digits: Any) -> None:
     start = Weights(*split_state(module))
     teachers = []
     for client in range(3):
-        trained = trainer(Stateless(module), fedstill.ClientWork(0, client, model_payload(start), {}))
+        trained = trainer([Stateless(module)], fedstill.ClientWork(0, client, model_payload(start), {}))
         teacher = network(digits)
         teacher.load_state_dict(trained.payload.weights().params)
         teachers.append(teacher)

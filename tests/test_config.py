@@ -221,7 +221,7 @@ def test_more_problems_than_one_are_counted() -> None:
 def test_an_override_is_toml_or_else_a_string(override: str, value: object) -> None:
     found: Any = load_config(None, [override])
     for part in override.partition("=")[0].strip().split("."):
-        found = getattr(found, part)
+        found = getattr(found[0] if isinstance(found, tuple) else found, part)
     assert found == value
 
 

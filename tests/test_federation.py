@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedstill.build import build
-from fedstill.client import ClientWork, LocalTrainer
+from fedstill.client import LocalTrainer, Site
 from fedstill.data.dataset import Samples
 from fedstill.errors import InputError, RunError
 from fedstill.evaluation import Score, by_label_mix, evaluate
 from fedstill.federation import Federation, round_half_up
-from fedstill.methods.base import LocalTask, RefineContext
+from fedstill.methods.base import LocalTask, RoundContext
 from fedstill.methods.fedavg import FedAvgObjective
 from fedstill.models import Stateless, split_state
 from fedstill.models.randomness import random_layers
@@ -66,14 +66,14 @@ def test_auto_is_made_definite_before_round_0() -> None:
 def spied(monkeypatch: pytest.MonkeyPatch, *keys: str) -> tuple[Federation, list[list[int]], dict[Any, list[Tensor]]]:
     """Run and return the federation, its cohorts, and the batches of each round and client."""
     orders: dict[Any, list[Tensor]] = {}
-    original = LocalTrainer._order
+    original = Site._order
 
-    def spy(self: LocalTrainer, work: ClientWork, task: LocalTask) -> Iterator[Tensor]:
-        for batch in original(self, work, task):
-            orders.setdefault((work.round, work.client), []).append(batch)
+    def spy(self: Site) -> Iterator[Tensor]:
+        for batch in original(self):
+            orders.setdefault((self.task.round, self.task.client), []).append(batch)
             yield batch
 
-    monkeypatch.setattr(LocalTrainer, "_order", spy)
+    monkeypatch.setattr(Site, "_order", spy)
     federation, _, records = play(*keys)
     monkeypatch.undo()
     return federation, [record["cohort"] for record in records], orders  # type: ignore[misc]
@@ -550,7 +550,7 @@ def test_the_server_phase_leaves_the_teachers_and_the_fused_model_alone() -> Non
     refinement = federation.method.refinements[0]
     original = type(refinement).refine
 
-    def spy(self: Any, model: Any, student: Weights, teachers: Any, state: State, context: RefineContext) -> Any:
+    def spy(self: Any, model: Any, student: Weights, teachers: Any, state: State, context: RoundContext) -> Any:
         held = {**teachers.params, **{f"student {name}": value for name, value in student.params.items()}}
         before = {name: value.clone() for name, value in held.items()}
         refined = original(self, model, student, teachers, state, context)
@@ -585,11 +585,11 @@ def test_other_inputs_than_the_generators_run_in_simulation(inputs: str) -> None
 def test_the_oracles_inputs_are_the_cohorts_own_data() -> None:
     federation, _ = build(small("method=fedavg+fedftg", "fedftg.inputs=real", "train.participation=0.5"))
     cohort = federation.sample_cohort(0)
-    real = federation.context(0, [_Named(client) for client in cohort], with_real=True).real  # type: ignore[misc]
+    real = federation.context(0, federation.info, [_Named(client) for client in cohort], with_real=True).real  # type: ignore[misc]
     assert real is not None
     own = torch.cat([federation.trainer.shares[client] for client in cohort])
     assert torch.equal(real.x, federation.trainer.samples.x[own])
-    assert federation.context(0, [], with_real=False).real is None
+    assert federation.context(0, federation.info, [], with_real=False).real is None
 
 
 class _Named:
@@ -610,7 +610,7 @@ def test_a_rounds_record_holds_what_the_run_directory_promises() -> None:
             assert found[model]["test"].keys() == {"accuracy", "loss", "per_class"}
             assert len(found[model]["test"]["per_class"]) == 10
             assert len(found[model]["by_client_label_mix"]) == 4
-        assert found["ensembles"].keys() == {"uniform", "class_weighted"}
+        assert found["ensembles"].keys() == {"uniform", "logits", "class_weighted"}
         assert found["refinement"]["fedftg"].keys() >= {
             "student_loss",
             "generator_md",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedstill.client import LocalTrainer
 from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
+from fedstill.data.dataset import IntArray
+from fedstill.data.public import PublicSet, load_public
 from fedstill.errors import InputError
+from fedstill.evaluation import Evaluation
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
-from fedstill.federation import EvaluationSets, Federation
+from fedstill.federation import Architecture, Federation
 from fedstill.methods.base import FederationInfo, Method
 from fedstill.methods.registry import compose
 from fedstill.methods.scaffold import ScaffoldObjective, fixed_steps
@@ -54,46 +59,108 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     method = compose(config)
     if config.data.augment not in dict(list_augmentations()):
         raise unknown("augmentation (data.augment)", config.data.augment, dict(list_augmentations()))
-    raw = load_raw(config.data.name, Path(config.data.root) if config.data.root else None)
-    splits = split(
-        raw,
-        train_samples=config.data.train_samples,
-        test_samples=config.data.test_samples,
-        server_validation=config.data.server_validation,
-        seed=config.seed.data,
-    )
-    partition = partition_of(config, splits, raw.num_classes)
-    parts = client_parts(partition, config.data.client_validation, config.data.client_test, config.seed.data)
-    shares = [torch.from_numpy(train) for train, _, _ in parts]
-    held = [[*validation, *test] for _, validation, test in parts]
-    device = torch.device(config.execution.device)
-    stateless, initial, head = model_of(config, tuple(raw.shape), raw.num_classes)
-    info = FederationInfo(tuple(len(share) for share in shares), raw.num_classes, tuple(raw.shape), head)
-    if config.fusion.head == "class-weighted" and head is None:
-        raise InputError("fusion.head = 'class-weighted' needs a linear head: name it with model.head")
+    data = data_of(config)
+    shares = [torch.from_numpy(train) for train, _, _ in data.parts]
+    info = FederationInfo(tuple(len(share) for share in shares), data.num_classes, data.shape)
+    architectures = architectures_of(config, info)
+    check_parts(config, method, architectures, data)
     config = with_fixed_steps(config, method, info)
-    check_batches(config, stateless, info)
-    for refinement in method.refinements:
-        refinement.check(stateless, info)
-    trained_on = [np.bincount(splits.train.y.numpy()[train], minlength=raw.num_classes) for train, _, _ in parts]
-    said = notes(replace(partition, counts=np.stack(trained_on)), raw.class_names, config.local.batch_size)
-    if kinds := random_layers(stateless.module):
+    labels = data.splits.train.y.numpy()
+    trained_on = [np.bincount(labels[train], minlength=data.num_classes) for train, _, _ in data.parts]
+    said = notes(replace(data.partition, counts=np.stack(trained_on)), data.class_names, config.local.batch_size)
+    models = [architecture.model for architecture in architectures]
+    if kinds := sorted({kind for model in models for kind in random_layers(model.module)}):
         config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
         said.append(
-            f"{config.model.name} has {', '.join(kinds)}, which draw from one random stream of the whole process: "
+            f"the model has {', '.join(kinds)}, which draw from one random stream of the whole process: "
             f"clients are trained one after another"
         )
-    stateless.module.to(device)
-    train = splits.train.to(device)
+    device = torch.device(config.execution.device)
+    for model in models:
+        model.module.to(device)
+    architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
+    train = data.splits.train.to(device)
+    public = data.public.samples.to(device) if data.public else None
     trainer = LocalTrainer(
-        method.objective, train, shares, config.local, raw.num_classes, config.seed.train, config.data.augment
+        method.objective, train, shares, config.local, data.num_classes, config.seed.train,
+        [one.initial for one in architectures], config.data.augment, public,
+    )  # fmt: skip
+
+    def own(rows: list[int]) -> Samples:
+        return train.take(torch.tensor(rows, dtype=torch.int64).to(device))
+
+    validation = data.splits.server_validation.to(device)
+    federation = Federation(
+        config,
+        method,
+        architectures[0].info if len(architectures) == 1 else replace(info, architectures=len(architectures)),
+        data.partition,
+        architectures,
+        trainer,
+        executor_of(config, models, len(shares)),
+        evaluation_of(config, data, [own([*held, *test]) for _, held, test in data.parts], device),
+        device,
+        public,
+        validation if len(validation) else None,
+        [own([*held]) for _, held, _ in data.parts],
     )
-    own = [train.take(torch.tensor(rows, dtype=torch.int64).to(device)) for rows in held]
-    sets = evaluation_sets(config, splits, own, device)
-    initial = initial.to(device)
-    executor = executor_of(config, stateless, len(shares))
-    federation = Federation(config, method, info, partition, stateless, initial, trainer, executor, sets, device)
     return federation, said
+
+
+@dataclass(frozen=True)
+class Data:
+    """An experiment's data: splits, who holds what, the public set; labels as the models' outputs count them."""
+
+    splits: Splits
+    partition: Partition
+    parts: list[tuple[IntArray, IntArray, IntArray]]
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    public: PublicSet | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of outputs: the private classes, and the public ones where they are outputs of their own."""
+        return len(self.class_names)
+
+
+def data_of(config: Config) -> Data:
+    """Read, split and partition the data."""
+    keys, seed = config.data, config.seed.data
+    root = Path(keys.root) if keys.root else None
+    raw = load_raw(keys.name, root, keys.classes)
+    splits = split(
+        raw,
+        train_samples=keys.train_samples,
+        test_samples=keys.test_samples,
+        server_validation=keys.server_validation,
+        seed=seed,
+    )
+    partition = partition_of(config, splits, raw.num_classes)
+    parts = client_parts(partition, keys.client_validation, keys.client_test, seed)
+    public = None
+    if (wanted := config.public).name is not None:
+        folder = Path(wanted.root) if wanted.root else root
+        public = load_public(
+            wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=seed
+        )
+    data = Data(splits, partition, parts, raw.shape, raw.class_names, public)
+    return with_public_outputs(data) if wanted.labels == "separate" else data
+
+
+def with_public_outputs(data: Data) -> Data:
+    """Give the public classes outputs of their own, before those of the private classes."""
+    if data.public is None or data.public.class_names is None:
+        raise InputError("public.labels = 'separate' needs a public set with labels: name a data set in public.name")
+    first = len(data.public.class_names)
+
+    def shifted(samples: Samples) -> Samples:
+        return Samples(samples.x, samples.y + first)
+
+    splits = Splits(*(shifted(part) for part in (data.splits.train, data.splits.server_validation, data.splits.test)))
+    counts = np.pad(data.partition.counts, ((0, 0), (first, 0)))
+    names = (*data.public.class_names, *data.class_names)
+    return replace(data, splits=splits, partition=replace(data.partition, counts=counts), class_names=names)
 
 
 def partition_of(config: Config, splits: Splits, num_classes: int) -> Partition:
@@ -108,34 +175,124 @@ def partition_of(config: Config, splits: Splits, num_classes: int) -> Partition:
         sigma=data.sigma,
         shards_per_client=data.shards_per_client,
         min_size=data.min_size,
+        ratio=data.ratio,
+        samples_per_class=data.samples_per_class,
+        classes_per_client=data.classes_per_client,
         replay=data.replay,
         seed=config.seed.data,
     )
 
 
-def model_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tuple[Stateless, Weights, str | None]:
-    """Return the architecture, its initial weights and the name of its head (None where it has none)."""
-    model = config.model
-    module = build_model(
-        model.name,
-        input_shape=shape,
-        num_classes=num_classes,
-        norm=model.norm,
-        norm_groups=model.norm_groups,
-        stem=model.stem,
-        width=model.width,
-        hidden=model.hidden,
-        generator=torch_stream(config.seed.train, "initial-weights"),
-    )
-    check_width(module, shape, num_classes)
+def architectures_of(config: Config, info: FederationInfo) -> tuple[Architecture, ...]:
+    """Return the federation's architectures, each with its initial weights and its clients."""
+    clients = clients_by_model(config, len(info.samples))
+    names = [model.name for model in config.model]
+    made = []
+    for place, (model, members) in enumerate(zip(config.model, clients, strict=True)):
+        stream = torch_stream(config.seed.train, "initial-weights", *([place] if place else []))
+        module = build_model(
+            model.name,
+            input_shape=info.input_shape,
+            num_classes=info.num_classes,
+            norm=model.norm,
+            norm_groups=model.norm_groups,
+            stem=model.stem,
+            width=model.width,
+            hidden=model.hidden,
+            projection=model.projection,
+            generator=stream,
+        )
+        check_width(module, info.input_shape, info.num_classes)
+        head = head_of(module, info.num_classes, model.head)
+        own = replace(info, head=head, architectures=len(config.model))
+        if len(config.model) > 1:
+            own = replace(own, clients=tuple(members))
+        name = model.name if names.count(model.name) == 1 else f"{place}-{model.name}"
+        made.append(Architecture(name, Stateless(module, head), Weights(*split_state(module)), own))
+    return tuple(made)
+
+
+def clients_by_model(config: Config, total: int) -> list[list[int]]:
+    """Return which clients use which ``[[model]]``: those it names; clients that nobody names take turns."""
+    named = [list(model.clients or ()) for model in config.model]
+    everyone = [client for members in named for client in members]
+    if twice := [client for client in everyone if everyone.count(client) > 1]:
+        raise InputError(f"model.clients: client {twice[0]} stands in more than one place; a client has one model")
+    if wrong := [client for client in everyone if not 0 <= client < total]:
+        raise InputError(f"model.clients: there is no client {wrong[0]}, they are 0 to {total - 1}")
+    open_tables = [place for place, model in enumerate(config.model) if model.clients is None]
+    left = [client for client in range(total) if client not in set(everyone)]
+    if left and not open_tables:
+        raise InputError(f"model.clients: client {left[0]} has no model; name it, or leave one table without clients")
+    for turn, client in enumerate(left):
+        named[open_tables[turn % len(open_tables)]].append(client)
+    if empty := [place for place, members in enumerate(named) if not members]:
+        raise InputError(f"model.{empty[0]}: no client is left for this model; there are {total} clients")
+    return [sorted(members) for members in named]
+
+
+def head_of(module: nn.Module, num_classes: int, name: str | None) -> str | None:
+    """Return the name of a model's head; None where it has none that can be told, and none was named."""
     try:
-        head = find_head(module, num_classes, model.head)
+        return find_head(module, num_classes, name)
     except InputError:
-        if model.head is not None:
+        if name is not None:
             raise
-        head = None
-    params, buffers = split_state(module)
-    return Stateless(module), Weights(params, buffers), head
+        return None
+
+
+def check_parts(config: Config, method: Method, architectures: Sequence[Architecture], data: Data) -> None:
+    """Refuse parts that do not go together, before round 0."""
+    personal = method.objective.personal
+    if personal and method.refinements:
+        raise InputError(
+            f"method = {config.method!r}: there is no global model for {method.refinements[0].name!r} to refine: "
+            f"every client has a model of its own"
+        )
+    if personal and config.eval.models:
+        raise InputError(f"eval.models: with {config.method!r} every client has a model of its own, none is averaged")
+    check_public(config, method, data)
+    check_held_out(config, method, data)
+    for architecture in architectures:
+        info, model = architecture.info, architecture.model
+        if config.fusion.head == "class-weighted" and info.head is None:
+            raise InputError("fusion.head = 'class-weighted' needs a linear head: name it with model.head")
+        if method.objective.needs_head and info.head is None:
+            raise InputError(
+                f"method = {config.method!r} needs to know the linear layer of {architecture.name!r} that gives the "
+                f"logits: name it with model.head"
+            )
+        check_batches(config, model, info)
+        for refinement in method.refinements:
+            refinement.check(model, info)
+
+
+def check_public(config: Config, method: Method, data: Data) -> None:
+    """Refuse a method that needs a public set where there is none, or one whose labels clash."""
+    if method.needs_public and data.public is None:
+        raise InputError(
+            f"method = {config.method!r} needs a public set: name a data set or a folder, such as public.name=mnist"
+        )
+    if not method.objective.needs_public or data.public is None:
+        return
+    if data.public.class_names is None:
+        raise InputError(f"method = {config.method!r} learns the public set's labels, and a folder has none")
+    if config.public.labels == "same" and data.public.class_names != data.class_names:
+        raise InputError(
+            f"public.labels = 'same': the classes of {config.public.name} ({len(data.public.class_names)}) are not "
+            f"those of {config.data.name} ({len(data.class_names)}); with public.labels = 'separate' both get outputs"
+        )
+
+
+def check_held_out(config: Config, method: Method, data: Data) -> None:
+    """Refuse what is decided on held-out samples where nothing is held out."""
+    if config.refinement.accept == "clients" and not any(len(held) for _, held, _ in data.parts):
+        raise InputError("refinement.accept = 'clients' asks the clients' held-out samples: set data.client_validation")
+    needs = [part.name for part in method.refinements if part.needs_validation]
+    if config.refinement.accept == "server":
+        needs.append("refinement.accept = 'server'")
+    if needs and not len(data.splits.server_validation):
+        raise InputError(f"{needs[0]} needs samples that the server holds out: set data.server_validation")
 
 
 def with_fixed_steps(config: Config, method: Method, info: FederationInfo) -> Config:
@@ -153,7 +310,7 @@ def check_batches(config: Config, model: Stateless, info: FederationInfo) -> Non
     if not batch_norms(model.module):
         return
     size = config.local.batch_size
-    alone = [client for client, samples in enumerate(info.samples) if size == 1 or samples % size == 1]
+    alone = [client for client in info.members if size == 1 or info.samples[client] % size == 1]
     if alone:
         raise InputError(
             f"client {alone[0]} holds {info.samples[alone[0]]} samples, so that with local.batch_size = {size} "
@@ -161,16 +318,16 @@ def check_batches(config: Config, model: Stateless, info: FederationInfo) -> Non
         )
 
 
-def evaluation_sets(config: Config, splits: Splits, own: list[Samples], device: torch.device) -> EvaluationSets:
+def evaluation_of(config: Config, data: Data, own: list[Samples], device: torch.device) -> Evaluation:
     """Return what models are measured on."""
     wanted = config.eval.on
     sets: dict[str, Samples] = {}
     if "test" in wanted:
-        sets["test"] = splits.test.to(device)
+        sets["test"] = data.splits.test.to(device)
     if "validation" in wanted:
-        if not len(splits.server_validation):
+        if not len(data.splits.server_validation):
             raise InputError("eval.on has 'validation', but data.server_validation is 0")
-        sets["validation"] = splits.server_validation.to(device)
+        sets["validation"] = data.splits.server_validation.to(device)
     if "clients" in wanted and not any(len(part) for part in own):
         raise InputError("eval.on has 'clients', but data.client_validation and data.client_test are 0")
     measured = sets.get("test", sets.get("validation"))
@@ -178,13 +335,15 @@ def evaluation_sets(config: Config, splits: Splits, own: list[Samples], device: 
         stream = numpy_stream(config.seed.data, "ensemble-samples")
         chosen = stream.choice(len(measured), config.eval.ensemble_samples, replace=False)
         measured = measured.take(torch.from_numpy(chosen).to(device))
-    return EvaluationSets(sets, own if "clients" in wanted else None, measured)
+    counts = data.partition.counts.tolist()
+    held = own if "clients" in wanted else None
+    return Evaluation(sets, held, measured, data.num_classes, config.eval.batch_size, counts)
 
 
-def executor_of(config: Config, model: Stateless, clients: int) -> Executor:
+def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Executor:
     """Return the executor of a resolved configuration."""
     execution = config.execution
     if execution.executor == "threads":
         workers = min(execution.workers or 1, clients)
-        return ThreadExecutor(model, workers, execution.intra_op_threads)
-    return SerialExecutor(model, execution.intra_op_threads)
+        return ThreadExecutor(models, workers, execution.intra_op_threads)
+    return SerialExecutor(models, execution.intra_op_threads)

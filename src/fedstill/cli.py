@@ -104,7 +104,7 @@ def partition(
 
     config = configuration(arguments or [], preset)
     data = config.data
-    raw = load_raw(data.name, Path(data.root) if data.root else None)
+    raw = load_raw(data.name, Path(data.root) if data.root else None, data.classes)
     splits = split(
         raw,
         train_samples=data.train_samples,

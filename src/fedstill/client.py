@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,18 +19,19 @@ from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
 from fedstill.rng import seed_of, torch_stream
 from fedstill.training import SGD, Trained, batches, step_count, train_locally
-from fedstill.weights import State
+from fedstill.weights import State, Tensors, Weights
 
 
 @dataclass(frozen=True)
 class ClientWork:
-    """What a client gets for a round."""
+    """What a client gets for a round; ``architecture`` is the place of its model among the federation's."""
 
     round: int
     client: int
     payload: Payload
     state: State
     send_label_counts: bool = False
+    architecture: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,89 @@ class ClientResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Site:
+    """A client at work: what it received and keeps, its own data, its random streams.
+
+    Parameters
+    ----------
+    model : Stateless
+        The client's architecture.
+    initial : Weights
+        That architecture's initial weights.
+    own : Samples
+        The client's training samples, on the device.
+    task : LocalTask
+    received : Payload
+    state : dict
+        What the client kept from its last round; empty at first.
+    local : LocalSettings
+    seed : int
+        ``seed.train``.
+    augmentation : str
+    public : Samples or None
+        The public set, on the device.
+    stopped : threading.Event
+        Set when the run is stopped.
+    """
+
+    model: Stateless
+    initial: Weights
+    own: Samples
+    task: LocalTask
+    received: Payload
+    state: State
+    local: LocalSettings
+    seed: int
+    augmentation: str = "none"
+    public: Samples | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stream(self, purpose: str) -> torch.Generator:
+        """Return the client's random stream of this round for a purpose, on the CPU."""
+        return torch_stream(self.seed, purpose, self.task.round, self.task.client)
+
+    def check_stop(self) -> None:
+        """Raise InterruptedError where the run has been stopped; to be called now and then."""
+        if self.stopped.is_set():
+            raise InterruptedError(f"client {self.task.client} was stopped")
+
+    def train(self, objective: LocalObjective, start: Weights, extras: State, draws: Tensors) -> Trained:
+        """Run the round's SGD steps of an objective on the client's own data.
+
+        Raises
+        ------
+        RunError
+            If the loss turns non-finite; it names the round, the client and the step.
+        """
+        device = self.own.y.device
+        decay = self.local.weight_decay + objective.extra_weight_decay(self.received, self.task)
+        trained = train_locally(
+            self.model,
+            objective,
+            start,
+            extras,
+            self.own.x,
+            self.own.y,
+            self._order(),
+            SGD(self.task.lr, self.local.momentum, decay, self.local.clip_norm),
+            draws={name: value.to(device) for name, value in draws.items()},
+            augmentation=self.augmentation,
+            generator=None if self.augmentation == "none" else self.stream("augmentation"),
+        )
+        check_finite(trained, self.task)
+        return trained
+
+    def _order(self) -> Iterator[Tensor]:
+        stream = self.stream("batches")
+        for batch in batches(self.task.samples, self.local.batch_size, self.task.steps, stream):
+            self.check_stop()
+            yield batch.to(self.own.y.device)
+
+
 @dataclass
 class LocalTrainer:
-    """Trains any client of a federation; called by an executor with the architecture to use.
+    """Trains any client of a federation; called by an executor with the architectures to use.
 
     Parameters
     ----------
@@ -60,7 +141,11 @@ class LocalTrainer:
     num_classes : int
     seed : int
         ``seed.train``; batch order and augmentation come from streams of (seed, round, client).
+    initial : sequence of Weights
+        Each architecture's initial weights; a method whose clients receive a model can do without.
     augmentation : str
+    public : Samples or None
+        The public set, on the device.
     """
 
     objective: LocalObjective
@@ -69,40 +154,46 @@ class LocalTrainer:
     local: LocalSettings
     num_classes: int
     seed: int
+    initial: Sequence[Weights] = ()
     augmentation: str = "none"
+    public: Samples | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, model: Stateless, work: ClientWork) -> ClientResult:
-        """Train one client.
+    def __call__(self, models: Sequence[Stateless], work: ClientWork) -> ClientResult:
+        """Let one client do its round.
 
         Raises
         ------
         RunError
-            If the loss turns non-finite; it names the round, the client and the step.
+            If training turns non-finite; it names the round, the client and the step.
         """
         began = time.perf_counter()
-        own = self.samples.take(self.shares[work.client].to(self.samples.y.device))
-        task = self.task(work)
-        extras = self.objective.prepare(work.payload, work.state, task)
-        with layers_draw_from(model.module, own.y.device, seed_of(self.seed, "layers", work.round, work.client)):
-            trained = train_locally(
-                model,
-                self.objective,
-                work.payload.weights(),
-                extras,
-                own.x,
-                own.y,
-                self._order(work, task),
-                self._sgd(task),
-                augmentation=self.augmentation,
-                generator=self._augmentation_stream(work),
-            )
-        check_finite(trained, work)
-        payload, state = self.objective.finish(work.payload, work.state, trained, task)
+        site = self.site(models, work)
+        with layers_draw_from(
+            site.model.module, site.own.y.device, seed_of(self.seed, "layers", work.round, work.client)
+        ):
+            turn = self.objective.run(site)
+        payload = turn.payload
         if work.send_label_counts:
             payload = payload.also(Kind.LABEL_COUNTS, {"counts": self.label_counts(work.client)})
         seconds = time.perf_counter() - began
-        return ClientResult(work.client, payload, state, trained.steps, trained.loss, seconds)
+        return ClientResult(work.client, payload, turn.state, turn.steps, turn.loss, seconds)
+
+    def site(self, models: Sequence[Stateless], work: ClientWork) -> Site:
+        """Return a client at work."""
+        return Site(
+            models[work.architecture],
+            self.initial[work.architecture] if self.initial else work.payload.weights(),
+            self.samples.take(self.shares[work.client].to(self.samples.y.device)),
+            self.task(work),
+            work.payload,
+            work.state,
+            self.local,
+            self.seed,
+            self.augmentation,
+            self.public,
+            self.stop,
+        )
 
     def label_counts(self, client: int) -> Tensor:
         """Return a client's n_k^y, int32 (classes,)."""
@@ -116,37 +207,20 @@ class LocalTrainer:
         lr = self.local.lr * self.local.lr_decay**work.round
         return LocalTask(work.round, work.client, size, lr, self.local.lr, steps)
 
-    def _sgd(self, task: LocalTask) -> SGD:
-        decay = self.local.weight_decay + self.objective.extra_weight_decay(task)
-        return SGD(task.lr, self.local.momentum, decay, self.local.clip_norm)
 
-    def _order(self, work: ClientWork, task: LocalTask) -> Iterator[Tensor]:
-        stream = torch_stream(self.seed, "batches", work.round, work.client)
-        device = self.samples.y.device
-        for batch in batches(task.samples, self.local.batch_size, task.steps, stream):
-            if self.stop.is_set():
-                raise InterruptedError(f"client {work.client} was stopped")
-            yield batch.to(device)
-
-    def _augmentation_stream(self, work: ClientWork) -> torch.Generator | None:
-        if self.augmentation == "none":
-            return None
-        return torch_stream(self.seed, "augmentation", work.round, work.client)
-
-
-def check_finite(trained: Trained, work: ClientWork) -> None:
+def check_finite(trained: Trained, task: LocalTask) -> None:
     """Raise RunError where a client's training loss, or the model it ends with, is NaN or infinite."""
     bad = torch.nonzero(~torch.isfinite(trained.losses))
     if len(bad):
         step = int(bad[0])
         raise RunError(
-            f"round {work.round + 1}, client {work.client}: the training loss became "
+            f"round {task.round + 1}, client {task.client}: the training loss became "
             f"{float(trained.losses[step])} in local step {step + 1} of {trained.steps}; "
             f"a smaller local.lr or local.clip_norm usually helps"
         )
     if not trained.weights.all_finite():
         raise RunError(
-            f"round {work.round + 1}, client {work.client}: the weights became non-finite in the last of "
+            f"round {task.round + 1}, client {task.client}: the weights became non-finite in the last of "
             f"{trained.steps} local steps, after a training loss of {float(trained.losses[-1])}; "
             f"a smaller local.lr or local.clip_norm usually helps"
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedstill.errors import InputError
+from fedstill.methods.acceptance import RefinementSettings
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.fedftg import FedFTGSettings
 from fedstill.methods.fedprox import FedProxSettings
@@ -39,6 +41,8 @@ class DataSettings(Settings):
     """Data set; `fedstill datasets` lists them."""
     root: str | None = None
     """Folder of the data sets; by default the environment variable FEDSTILL_DATA. Digits are embedded."""
+    classes: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """Only these classes, at least 2, renumbered from 0 in this order; by default all."""
     train_samples: int | None = Field(None, ge=1)
     """Training samples in all, a random subset; by default all."""
     test_samples: int | None = Field(None, ge=1)
@@ -48,17 +52,23 @@ class DataSettings(Settings):
     clients: int = Field(10, ge=1)
     """Clients in all, K."""
     partition: str = "dirichlet-per-client"
-    """Who holds what: iid, dirichlet-per-client, dirichlet-per-class, shards."""
+    """Who holds what: iid, dirichlet-per-client, dirichlet-per-class, shards, feddf, fedgen, multinomial, per-class."""
     beta: float = Field(0.3, gt=0)
-    """Concentration of the Dirichlet partitions; small is skewed."""
+    """Concentration of the Dirichlet partitions (not iid, shards, per-class); small is skewed."""
     sigma: float = Field(0.0, ge=0)
     """Log-normal spread of the clients' sizes (iid, dirichlet-per-client); 0 is balanced."""
     shards_per_client: int = Field(2, ge=1)
     """Shards of sorted data for each client (shards)."""
     min_size: int = Field(10, ge=1)
-    """Fewest samples a client may get (dirichlet-per-class)."""
+    """Fewest samples a client may get (dirichlet-per-class, fedgen)."""
+    ratio: float = Field(1.0, gt=0, le=1)
+    """Part of the data (fedgen): a class gives at most this part of itself and of the mean client, N/K."""
+    samples_per_class: int = Field(3, ge=1)
+    """Samples of each of its classes that a client gets (per-class); the others are not used."""
+    classes_per_client: int | None = Field(None, ge=1)
+    """Classes of a client (per-class), c of M: client k has (k c + j) mod M for j = 0 to c - 1; by default all."""
     replay: bool = False
-    """Replay the authors' own random stream instead of the named one."""
+    """Replay the authors' own random stream instead of the named one (the Dirichlet partitions, each its own)."""
     client_validation: float = Field(0.0, ge=0, lt=1)
     """Part of each client's share that is held out for validation."""
     client_test: float = Field(0.0, ge=0, lt=1)
@@ -73,7 +83,7 @@ class ModelSettings(Settings):
     name: str = "cnn"
     """Architecture; `fedstill models` lists them; or package.module:factory."""
     norm: Literal["gn", "bn", "none"] | None = None
-    """Normalisation; by default the model's own (GroupNorm)."""
+    """Normalisation; by default the model's own (GroupNorm, BatchNorm for resnet8 to resnet32)."""
     norm_groups: int | None = Field(None, ge=1)
     """Groups of GroupNorm."""
     stem: Literal["imagenet", "cifar"] | None = None
@@ -82,8 +92,27 @@ class ModelSettings(Settings):
     """Channels of the first layer of cnn."""
     hidden: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """Hidden layers of mlp."""
+    projection: int | None = Field(None, ge=1)
+    """Width of MOON's projection head between body and classifier (the MOON paper has 256, for every method)."""
     head: str | None = None
     """Name of the linear layer that gives the logits, where it cannot be told."""
+    clients: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """With several [[model]] tables: the clients that use this one; clients that no table names take turns."""
+
+
+class PublicSettings(Settings):
+    """``[public]``: the public set of FedMD, and FedDF's unlabelled set."""
+
+    name: str | None = None
+    """A data set, or the path of a folder of images (which have no labels)."""
+    root: str | None = None
+    """Folder of the data sets; by default that of the private data."""
+    samples: int | None = Field(None, ge=1)
+    """How many of its training samples, a random subset; by default all."""
+    classes: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """Only these classes, relabelled from 0."""
+    labels: Literal["same", "separate"] = "same"
+    """Whether its classes are those of the private data, or come before them as outputs of their own (FedMD)."""
 
 
 class TrainSettings(Settings):
@@ -128,6 +157,9 @@ class EvalSettings(Settings):
 
     on: Annotated[tuple[Literal["test", "validation", "clients"], ...], Field(strict=False)] = ("test",)
     """Any of: test, validation (the server's part), clients (their own held-out parts); empty for none."""
+    models: Annotated[tuple[Literal["sel", "all"], ...], Field(strict=False)] = ()
+    """Models to measure beside the fused and the refined one: sel, the mean of the cohort's uploads; all, the mean of
+    what every client uploaded last (simulation only; each client's last upload is kept)."""
     every: int = Field(1, ge=1)
     """Rounds between evaluations of the fused and the refined model; the first and last round always."""
     ensembles_every: int | None = Field(None, ge=1)
@@ -171,16 +203,23 @@ class Config(Settings):
     """Base method and refinements, joined by +: fedavg, fedprox, scaffold; fedftg."""
     seed: SeedSettings = SeedSettings()
     data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
+    public: PublicSettings = PublicSettings()
+    model: Annotated[tuple[ModelSettings, ...], Field(min_length=1, strict=False)] = (ModelSettings(),)
     train: TrainSettings = TrainSettings()
     local: LocalSettings = LocalSettings()
     fusion: FusionSettings = FusionSettings()
+    refinement: RefinementSettings = RefinementSettings()
     fedprox: FedProxSettings = FedProxSettings()
     scaffold: ScaffoldSettings = ScaffoldSettings()
     fedftg: FedFTGSettings = FedFTGSettings()
     eval: EvalSettings = EvalSettings()
     execution: ExecutionSettings = ExecutionSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_table_is_one_model(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, dict | ModelSettings) else given
 
     @model_validator(mode="before")
     @classmethod
@@ -288,18 +327,33 @@ def _apply(table: Table, override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = raw.strip()
     *parents, leaf = key.strip().split(".")
+    place: Any = table
     for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else _entry(place, parent, key)
+        if not isinstance(place, dict | list):
             raise InputError(f"{key}: {parent!r} is a value, not a table")
-    table[leaf] = value
+    if isinstance(place, list):
+        place = _entry(place, leaf, key)
+    place[leaf] = value
+
+
+def _entry(tables: list[Any], place: str, key: str) -> Any:
+    """Return one of several tables of the same name, such as ``model.0``."""
+    if not place.isdigit() or int(place) >= len(tables):
+        table = key.partition(".")[0]
+        raise InputError(
+            f"{key}: there are {len(tables)} [[{table}]] tables; say which one, {table}.0 to {table}.{len(tables) - 1}"
+        )
+    return tables[int(place)]
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of the configuration."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+        parts = (field.annotation, *get_args(field.annotation))
+        tables = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        if tables:
+            yield from keys(tables[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
@@ -309,7 +363,7 @@ def _explain(error: ValidationError, path: Path | None, lines: Mapping[str, int]
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
     given = [override for override in overrides if override.partition("=")[0].strip() == key]
-    line = lines.get(key)
+    line = lines.get(".".join(str(part) for part in problem["loc"]), lines.get(key))
     where = f"{path}:{line}: " if path and line and not given else f"{path}: " if path and not given else ""
     if problem["type"] == "extra_forbidden":
         near = nearest_key(key)
@@ -336,13 +390,16 @@ def nearest_key(key: str) -> str | None:
 def _lines(text: str) -> dict[str, int]:
     """Return the line of every key and table in a TOML text, as far as simple ``key = value`` lines tell."""
     lines: dict[str, int] = {}
-    table = ""
+    seen: Counter[str] = Counter()
+    prefixes = [""]
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.\-]+)\s*\]", line):
-            table = header[1]
+        if header := re.match(r"\s*(\[\[?)\s*([\w.\-]+)\s*\]", line):
+            table = header[2]
+            prefixes = [f"{table}.", f"{table}.{seen[table]}."] if header[1] == "[[" else [f"{table}."]
+            seen[table] += 1
             lines[table] = number
         elif entry := re.match(r"\s*([\w.\-]+)\s*=", line):
-            lines[f"{table}.{entry[1]}" if table else entry[1]] = number
+            lines |= {f"{prefix}{entry[1]}": number for prefix in prefixes}
     return lines
 
 
@@ -358,7 +415,7 @@ def to_toml(config: Config, comments: bool = False) -> str:
 
 
 def _section(model: BaseModel, prefix: str, comments: bool, set_by: Mapping[str, str]) -> Iterator[str]:
-    tables: list[tuple[str, BaseModel]] = []
+    tables: list[tuple[str, str, BaseModel]] = []
     by_mode = model.set_by(str(getattr(model, "mode", ""))) if isinstance(model, ModedSettings) else {}
     set_by = {
         **set_by,
@@ -367,7 +424,11 @@ def _section(model: BaseModel, prefix: str, comments: bool, set_by: Mapping[str,
     for name, field in sorted(type(model).model_fields.items(), key=lambda item: item[0] != "mode"):
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            tables.append((name, value))
+            tables.append((name, f"[{prefix}{name}]", value))
+            continue
+        if isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            header = f"[{prefix}{name}]" if len(value) == 1 else f"[[{prefix}{name}]]"
+            tables += [(name, header, part) for part in value]
             continue
         if comments and field.description:
             yield from (f"# {line}" for line in field.description.split("\n"))
@@ -380,8 +441,8 @@ def _section(model: BaseModel, prefix: str, comments: bool, set_by: Mapping[str,
                 yield f"# {name} ="
         else:
             yield f"{name} = {_toml_value(value)}"
-    for name, table in tables:
-        yield from ("", f"[{prefix}{name}]")
+    for name, header, table in tables:
+        yield from ("", header)
         yield from _section(table, f"{prefix}{name}.", comments, set_by)
 
 

@@ -21,11 +21,11 @@ from fedstill.build import build
 from fedstill.client import ClientWork
 from fedstill.config import Config, load_config
 from fedstill.errors import InputError
-from fedstill.evaluation import evaluate
+from fedstill.evaluation import Record, evaluate
 from fedstill.execution import intra_op_threads
 from fedstill.execution.allocator import keep_freed_memory
 from fedstill.experiment import accuracies, run
-from fedstill.federation import Federation, FederationState, Record
+from fedstill.federation import Federation, FederationState
 from fedstill.methods.base import LocalObjective
 from fedstill.payload import model_payload
 from fedstill.pool import run_jobs
@@ -133,7 +133,7 @@ class BoundJob:
         for round in range(self.config.train.rounds):
             right = []
             for client, weights in enumerate(models):
-                result = trainer(federation.model, ClientWork(round, client, model_payload(weights), {}))
+                result = trainer([federation.model], ClientWork(round, client, model_payload(weights), {}))
                 models[client] = result.payload.weights()
                 score = evaluate(federation.model, models[client], test, classes, self.config.eval.batch_size)
                 right.append(score.accuracy)

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from fedstill.build import build
 from fedstill.config import Config, config_from, load_config
 from fedstill.errors import FedstillError, InputError
+from fedstill.evaluation import Record
 from fedstill.execution.allocator import keep_freed_memory
-from fedstill.federation import Federation, FederationState, Record
+from fedstill.federation import Federation, FederationState
 from fedstill.presets import DEFAULT, preset
 from fedstill.runs.directory import RunDirectory
 from fedstill.weights import Weights

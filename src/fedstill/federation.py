@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,41 +15,59 @@ from fedstill.client import ClientResult, ClientWork, LocalTrainer
 from fedstill.config import Config
 from fedstill.data.dataset import Samples
 from fedstill.data.partition import Partition
-from fedstill.distill.teachers import StackedTeachers, ensemble_accuracy
+from fedstill.distill.teachers import GroupedTeachers, StackedTeachers, Teachers
 from fedstill.errors import RunError
-from fedstill.evaluation import by_label_mix, evaluate
+from fedstill.evaluation import Evaluation, Record, over_architectures
 from fedstill.execution import Executor, intra_op_threads
-from fedstill.methods.base import FederationInfo, Method, RefineContext, Refined, ServerState, Upload
+from fedstill.methods.acceptance import Hearing, Verdict
+from fedstill.methods.base import FederationInfo, Method, RoundContext, ServerState, Upload
 from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload, problem_with, problem_with_counts
 from fedstill.rng import numpy_stream, seed_of, torch_stream
-from fedstill.weights import State, Weights
+from fedstill.weights import State, Weights, weighted_mean
 
-Record = dict[str, object]
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of the federation's architectures: its name, the network, its initial weights, and whose it is."""
+
+    name: str
+    model: Stateless
+    initial: Weights
+    info: FederationInfo
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """What the server carries for one architecture: its state, and what each refinement keeps for it."""
+
+    server: ServerState
+    refinements: tuple[State, ...] = ()
 
 
 @dataclass(frozen=True)
 class FederationState:
     """All that the next round depends on; what a checkpoint holds.
 
-    Random streams are not in it: each is made anew from (seed, round, client, purpose).
+    Random streams are not in it: each is made anew from (seed, round, client, purpose). There is one global model
+    for each architecture, or a single one where the fusion works across architectures.
     """
 
     round: int
-    server: ServerState
-    refinements: tuple[State, ...] = ()
+    models: tuple[GlobalModel, ...]
     clients: dict[int, State] = field(default_factory=dict)
     label_counts: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def server(self) -> ServerState:
+        """The first architecture's server state, the only one in most federations."""
+        return self.models[0].server
 
-@dataclass(frozen=True)
-class EvaluationSets:
-    """The samples on which models are measured, by name, and those for the ensembles."""
-
-    sets: dict[str, Samples]
-    clients: list[Samples] | None
-    ensembles: Samples | None
+    @property
+    def refinements(self) -> tuple[State, ...]:
+        """What each refinement keeps for the first architecture."""
+        return self.models[0].refinements
 
 
 @dataclass
@@ -59,18 +78,49 @@ class Federation:
     method: Method
     info: FederationInfo
     partition: Partition
-    model: Stateless
-    initial: Weights
+    architectures: tuple[Architecture, ...]
     trainer: LocalTrainer
     executor: Executor
-    evaluation: EvaluationSets
+    evaluation: Evaluation
     device: torch.device
+    public: Samples | None = None
+    validation: Samples | None = None
+    held_out: Sequence[Samples] | None = None
     on_client: Callable[[int, int, int], None] = lambda round, done, of: None
+
+    @property
+    def model(self) -> Stateless:
+        """The first architecture, the only one in most federations."""
+        return self.architectures[0].model
+
+    @property
+    def initial(self) -> Weights:
+        """The first architecture's initial weights."""
+        return self.architectures[0].initial
+
+    @cached_property
+    def architecture_of(self) -> dict[int, int]:
+        """Client -> the place of its architecture."""
+        return {client: place for place, one in enumerate(self.architectures) for client in one.info.members}
+
+    @property
+    def groups(self) -> list[FederationInfo]:
+        """The clients that are fused with each other: each architecture's, or all."""
+        return [self.info] if self.method.fusion.across_architectures else [one.info for one in self.architectures]
+
+    def group_of(self, client: int) -> int:
+        """Return the place of a client's group."""
+        return 0 if self.method.fusion.across_architectures else self.architecture_of[client]
 
     def start(self) -> FederationState:
         """Return the state before the first round."""
-        server = self.method.fusion.start(self.initial, self.info)
-        return FederationState(0, server, tuple({} for _ in self.method.refinements))
+        models = []
+        for place, info in enumerate(self.groups):
+            shared = not self.method.fusion.across_architectures
+            initial = self.architectures[place].initial if shared else Weights({}, {})
+            server = self.method.fusion.start(initial, info)
+            models.append(GlobalModel(server, tuple({} for _ in self.method.refinements)))
+        return FederationState(0, tuple(models))
 
     def run_round(self, state: FederationState) -> tuple[FederationState, Record]:
         """Run one round: sample, broadcast, train, fuse, refine, evaluate.
@@ -86,18 +136,19 @@ class Federation:
         with clock("train"):
             results = self.train(state.round, works)
         uploads, counts = self.receive(state, results)
+        sent = Traffic.of(works, results)
         with clock("fuse"), intra_op_threads(self.config.execution.server_threads):
-            fused = self.method.fusion.fuse(state.server, uploads, self.info)
+            fused = self.fuse(state, uploads)
         with clock("refine"):
             teachers = self.teachers(uploads)
-            server, kept, measured = self.refine(state, fused, uploads, teachers)
+            refined, measured = self.refine(state.round, fused, uploads, teachers, sent)
+        clients = {**state.clients, **self.kept(results)}
+        following = FederationState(state.round + 1, refined, clients, {**state.label_counts, **counts})
         record: Record = {"round": state.round + 1, "cohort": cohort}
-        with clock("evaluate"):
-            record |= self.evaluate(state.round, fused.weights, server.weights, teachers)
+        with clock("evaluate"), intra_op_threads(self.config.execution.server_threads):
+            record |= self.evaluate(state.round, fused, following, uploads, teachers)
         record |= {"refinement": measured, "train_loss": sum(r.loss for r in results) / len(results)}
-        record |= {"bytes": traffic(works, results), "seconds": clock.seconds}
-        clients = {**state.clients, **{result.client: result.state for result in results if result.state}}
-        return FederationState(state.round + 1, server, kept, clients, {**state.label_counts, **counts}), record
+        return following, record | {"bytes": sent.record(), "seconds": clock.seconds}
 
     def sample_cohort(self, round: int) -> list[int]:
         """Return the clients of a round, ascending; the same for every method of one seed."""
@@ -113,9 +164,14 @@ class Federation:
 
     def work(self, state: FederationState, client: int) -> ClientWork:
         """Return what one client gets; it is asked for its label counts once."""
-        payload = self.method.fusion.broadcast(state.server, client, self.info)
         ask = self.method.needs_label_counts and client not in state.label_counts
-        return ClientWork(state.round, client, payload, state.clients.get(client, {}), ask)
+        payload, own = self.broadcast(state, client), state.clients.get(client, {})
+        return ClientWork(state.round, client, payload, own, ask, self.architecture_of[client])
+
+    def broadcast(self, state: FederationState, client: int) -> Payload:
+        """Return what the server sends to one client."""
+        group = self.group_of(client)
+        return self.method.fusion.broadcast(state.models[group].server, client, self.groups[group])
 
     def train(self, round: int, works: Sequence[ClientWork]) -> list[ClientResult]:
         """Run the cohort and return its results in client-id order, whatever order they came in."""
@@ -135,10 +191,10 @@ class Federation:
         """Check the uploads; nothing malformed or non-finite goes further."""
         known = dict(state.label_counts)
         uploads = []
-        like = self.method.fusion.upload_like(state.server)
+        likes = [self.method.fusion.upload_like(model.server) for model in state.models]
         counts = {"counts": torch.zeros(self.info.num_classes, dtype=torch.int32)}
         for result in results:
-            samples = self.info.samples[result.client]
+            samples, like = self.info.samples[result.client], likes[self.group_of(result.client)]
             asked = self.method.needs_label_counts and result.client not in known
             problem = problem_with(result.payload, like.also(Kind.LABEL_COUNTS, counts) if asked else like)
             if not problem and asked:
@@ -149,30 +205,94 @@ class Federation:
             uploads.append(Upload(result.client, result.payload, samples, result.steps, known.get(result.client)))
         return uploads, known
 
+    def fuse(self, state: FederationState, uploads: Sequence[Upload]) -> tuple[GlobalModel, ...]:
+        """Make each group's next server state; a group without anyone in the cohort keeps its own."""
+        fused = []
+        for group, model in enumerate(state.models):
+            own = [upload for upload in uploads if self.group_of(upload.client) == group]
+            context = self.context(state.round, self.groups[group], own)
+            server = self.method.fusion.fuse(model.server, own, context) if own else model.server
+            if not server.weights.all_finite():
+                raise RunError(f"round {state.round + 1}: the fused model is not finite; a smaller local.lr may help")
+            fused.append(replace(model, server=server))
+        return tuple(fused)
+
     def refine(
-        self, state: FederationState, fused: ServerState, uploads: Sequence[Upload], teachers: StackedTeachers
-    ) -> tuple[ServerState, tuple[State, ...], Record]:
-        """Let every refinement improve the fused model in turn."""
-        server, kept = fused, []
-        measured: Record = {}
-        for refinement, own in zip(self.method.refinements, state.refinements, strict=True):
-            context = self.context(state.round, uploads, refinement.simulation_only)
-            seed = seed_of(self.config.seed.train, "layers", state.round, refinement.name)
-            layers = layers_draw_from(self.model.module, self.device, seed)
+        self,
+        round: int,
+        fused: Sequence[GlobalModel],
+        uploads: Sequence[Upload],
+        teachers: Teachers | None,
+        sent: Traffic,
+    ) -> tuple[tuple[GlobalModel, ...], Record]:
+        """Let every refinement improve every architecture's fused model in turn, each from all teachers."""
+        if teachers is None or not self.method.refinements:
+            return tuple(fused), {}
+        models, records = [], []
+        for architecture, model in zip(self.architectures, fused, strict=True):
+            model, record = self.refine_one(round, architecture, model, uploads, teachers, sent)
+            models.append(model)
+            records.append(record)
+        if len(records) == 1:
+            return tuple(models), records[0]
+        named = {one.name: record for one, record in zip(self.architectures, records, strict=True)}
+        return tuple(models), {"by_model": named}
+
+    def refine_one(
+        self,
+        round: int,
+        architecture: Architecture,
+        fused: GlobalModel,
+        uploads: Sequence[Upload],
+        teachers: Teachers,
+        sent: Traffic,
+    ) -> tuple[GlobalModel, Record]:
+        """Refine one architecture's fused model; a refinement that is not accepted leaves it as it was."""
+        server, kept, measured = fused.server, [], Record()
+        for refinement, own in zip(self.method.refinements, fused.refinements, strict=True):
+            context = self.context(round, architecture.info, uploads, refinement.simulation_only)
+            seed = seed_of(self.config.seed.train, "layers", round, refinement.name)
+            layers = layers_draw_from(architecture.model.module, self.device, seed)
             with intra_op_threads(self.config.execution.server_threads), layers:
-                refined: Refined = refinement.refine(self.model, server.weights, teachers, own, context)
+                refined = refinement.refine(architecture.model, server.weights, teachers, own, context)
             if not refined.weights.all_finite():
                 raise RunError(
-                    f"round {state.round + 1}: {refinement.name} made the global model non-finite; "
+                    f"round {round + 1}: {refinement.name} made the global model non-finite; "
                     f"a smaller {refinement.name}.lr_student usually helps"
                 )
-            server = replace(server, weights=refined.weights)
             kept.append(refined.state)
-            measured[refinement.name] = refined.metrics
-        return server, tuple(kept), measured
+            measured[refinement.name] = dict(refined.metrics)
+            verdict = self.hear(architecture, server.weights, refined.weights, uploads, sent)
+            if verdict is not None:
+                measured[refinement.name] |= verdict.record()
+            if verdict is None or verdict.accepted:
+                server = replace(server, weights=refined.weights)
+        return GlobalModel(server, tuple(kept)), measured
 
-    def context(self, round: int, uploads: Sequence[Upload], with_real: bool) -> RefineContext:
-        """Return what a refinement may use in a round."""
+    def hear(
+        self, architecture: Architecture, fused: Weights, refined: Weights, uploads: Sequence[Upload], sent: Traffic
+    ) -> Verdict | None:
+        """Ask the cohort, or the server's validation set, whether a refined model is better; None where nobody is."""
+        keys = self.config.refinement
+        if keys.accept == "always":
+            return None
+        hearing = Hearing(architecture.model, fused, refined, self.config.eval.batch_size)
+        if keys.accept == "server":
+            assert self.validation is not None
+            return hearing.verdict([self.validation], keys.accept_margin)
+        assert self.held_out is not None
+        asked = [client for client in (upload.client for upload in uploads) if self.uses(client, architecture)]
+        sent.add(*hearing.traffic(len(asked)))
+        return hearing.verdict([self.held_out[client] for client in asked], keys.accept_margin)
+
+    def uses(self, client: int, architecture: Architecture) -> bool:
+        """Say whether a client's model is of an architecture."""
+        return self.architectures[self.architecture_of[client]] is architecture
+
+    def context(
+        self, round: int, info: FederationInfo, uploads: Sequence[Upload], with_real: bool = False
+    ) -> RoundContext:
+        """Return what the server may use in a round."""
         real = None
         if with_real:
             everyone = torch.cat([self.trainer.shares[upload.client] for upload in uploads])
@@ -182,56 +302,99 @@ class Federation:
             return torch_stream(self.config.seed.train, purpose, round, device=self.device)
 
         decay = self.config.local.lr_decay**round
-        return RefineContext(round, self.info, decay, stream, self.device, real)
+        return RoundContext(round, info, decay, stream, self.device, self.public, self.validation, real)
 
-    def teachers(self, uploads: Sequence[Upload]) -> StackedTeachers:
-        """Return the cohort's models as one stack.
+    def teachers(self, uploads: Sequence[Upload]) -> Teachers | None:
+        """Return the cohort's models as one ensemble; None where clients keep their models to themselves.
 
         Label counts come from the uploads; where the method does not ask for them, from the clients' data, which
         only a simulation knows.
         """
-        counts = torch.stack(
-            [
-                self.trainer.label_counts(upload.client).long() if upload.label_counts is None else upload.label_counts
-                for upload in uploads
-            ]
-        )
-        return StackedTeachers.of(self.model, [upload.weights for upload in uploads], counts)
+        if self.method.objective.personal:
+            return None
+        groups = []
+        for place, architecture in enumerate(self.architectures):
+            own = [upload for upload in uploads if self.architecture_of[upload.client] == place]
+            if own:
+                counts = torch.stack([self.counts_of(upload) for upload in own])
+                weights = [upload.weights for upload in own]
+                groups.append(StackedTeachers.of(architecture.model, weights, counts))
+        return groups[0] if len(groups) == 1 else GroupedTeachers(groups)
 
-    def evaluate(self, round: int, fused: Weights, refined: Weights, teachers: StackedTeachers) -> Record:
-        """Measure the fused model, the refined one, and now and then the ensembles that bound any refinement."""
+    def counts_of(self, upload: Upload) -> Tensor:
+        """Return a client's n_k^y, int64 (classes,)."""
+        known = upload.label_counts
+        return self.trainer.label_counts(upload.client).long() if known is None else known
+
+    def kept(self, results: Sequence[ClientResult]) -> dict[int, State]:
+        """Return what clients keep; where the model ``all`` is measured, also what each uploaded last."""
+        kept = {}
+        for result in results:
+            state = result.state
+            if "all" in self.config.eval.models:
+                last = result.payload.weights()
+                state = {**state, LAST_PARAMS: last.params, LAST_BUFFERS: last.buffers}
+            if state:
+                kept[result.client] = state
+        return kept
+
+    def evaluate(
+        self,
+        round: int,
+        fused: Sequence[GlobalModel],
+        following: FederationState,
+        uploads: Sequence[Upload],
+        teachers: Teachers | None,
+    ) -> Record:
+        """Measure the fused models, the refined ones, and now and then the ensembles that bound any refinement."""
         record: Record = {}
-        with intra_op_threads(self.config.execution.server_threads):
-            if self.due(round, self.config.eval.every):
-                record["fused"] = self.scores(fused)
+        if self.due(round, self.config.eval.every):
+            if self.method.objective.personal:
+                record["fused"] = self.evaluation.personal(self.own_models(following))
+            else:
+                record["fused"] = self.scores([model.server.weights for model in fused])
                 if self.method.refinements:
-                    record["refined"] = self.scores(refined)
-            samples = self.evaluation.ensembles
-            if samples is not None and self.due(round, self.config.eval.ensembles_every):
-                size = self.config.eval.batch_size
-                record["ensembles"] = {
-                    "uniform": ensemble_accuracy(teachers, samples.x, samples.y, "uniform", size),
-                    "class_weighted": ensemble_accuracy(teachers, samples.x, samples.y, "class", size),
-                }
-        return record
+                    record["refined"] = self.scores([model.server.weights for model in following.models])
+            if "sel" in self.config.eval.models:
+                record["sel"] = self.scores(self.averages(following, uploads))
+            if "all" in self.config.eval.models:
+                record["all"] = self.scores(self.averages(following, None))
+        if teachers is None or not self.due(round, self.config.eval.ensembles_every):
+            return record
+        ensembles = self.evaluation.ensemble_accuracies(teachers)
+        return {**record, "ensembles": ensembles} if ensembles else record
 
-    def scores(self, weights: Weights) -> Record:
-        """Return a model's scores on every evaluation set."""
-        classes, size = self.info.num_classes, self.config.eval.batch_size
-        record: Record = {}
-        for name, samples in self.evaluation.sets.items():
-            score = evaluate(self.model, weights, samples, classes, size)
-            record[name] = score.record()
-            if name == "test":
-                record["by_client_label_mix"] = by_label_mix(score, self.partition.counts.tolist())
-        if self.evaluation.clients is not None:
-            own = [evaluate(self.model, weights, part, classes, size) for part in self.evaluation.clients]
-            right, seen = sum(int(s.right.sum()) for s in own), sum(int(s.seen.sum()) for s in own)
-            record["clients"] = {
-                "accuracy": right / max(seen, 1),
-                "per_client": [score.accuracy if int(score.seen.sum()) else None for score in own],
-            }
-        return record
+    def own_models(self, state: FederationState) -> list[tuple[Stateless, Weights]]:
+        """Return every client's own model as it stands after a round."""
+        models = []
+        for client in range(len(self.info.samples)):
+            architecture = self.architectures[self.architecture_of[client]]
+            own, sent = state.clients.get(client, {}), self.broadcast(state, client)
+            models.append((architecture.model, self.method.objective.own_model(sent, own, architecture.initial)))
+        return models
+
+    def averages(self, state: FederationState, uploads: Sequence[Upload] | None) -> list[Weights]:
+        """Return, by architecture, the mean of the cohort's uploads, or of what every client uploaded last.
+
+        A client that has not been in a cohort yet counts with the initial model.
+        """
+        means = []
+        for architecture in self.architectures:
+            found = {upload.client: upload.weights for upload in uploads} if uploads is not None else {}
+            members = [client for client in architecture.info.members if client in found or uploads is None]
+            models = [found.get(client) or last_upload(state, client, architecture.initial) for client in members]
+            by_samples = self.method.fusion.client_weights == "samples"
+            shares = [float(self.info.samples[client]) if by_samples else 1.0 for client in members]
+            means.append(weighted_mean(models, shares) if models else architecture.initial)
+        return means
+
+    def scores(self, models: Sequence[Weights]) -> Record:
+        """Return the scores of one model for each architecture."""
+        pairs = zip(self.architectures, models, strict=True)
+        records = {one.name: self.evaluation.shared(one.model, weights) for one, weights in pairs}
+        if len(records) == 1:
+            return next(iter(records.values()))
+        return over_architectures(records, [one.info.size for one in self.architectures])
 
     def due(self, round: int, every: int | None) -> bool:
         """Say whether something done every so many rounds is due; the first and the last round always are."""
@@ -255,17 +418,40 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
-def traffic(works: Sequence[ClientWork], results: Sequence[ClientResult]) -> dict[str, dict[str, int]]:
-    """Return the bytes of a round by direction and kind, summed over the cohort."""
+LAST_PARAMS, LAST_BUFFERS = "last-upload", "last-upload-buffers"
+"""Groups of a client's state that hold what it uploaded last."""
 
-    def total(payloads: Sequence[Payload]) -> dict[str, int]:
-        summed: dict[str, int] = {}
-        for payload in payloads:
-            for kind, size in payload.bytes_by_kind().items():
-                summed[kind] = summed.get(kind, 0) + size
-        return summed
 
-    return {"down": total([work.payload for work in works]), "up": total([result.payload for result in results])}
+def last_upload(state: FederationState, client: int, initial: Weights) -> Weights:
+    """Return the model that a client uploaded last; the initial one where it has not been in a cohort."""
+    own = state.clients.get(client, {})
+    return Weights(own[LAST_PARAMS], own.get(LAST_BUFFERS, {})) if LAST_PARAMS in own else initial
+
+
+@dataclass
+class Traffic:
+    """The bytes of a round by direction and kind, summed over the cohort."""
+
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(works: Sequence[ClientWork], results: Sequence[ClientResult]) -> Traffic:
+        """Count the broadcasts and the uploads."""
+        sent = Traffic()
+        sent.add([work.payload for work in works], [result.payload for result in results])
+        return sent
+
+    def add(self, down: Sequence[Payload], up: Sequence[Payload]) -> None:
+        """Count more messages."""
+        for counted, payloads in ((self.down, down), (self.up, up)):
+            for payload in payloads:
+                for kind, size in payload.bytes_by_kind().items():
+                    counted[kind] = counted.get(kind, 0) + size
+
+    def record(self) -> dict[str, dict[str, int]]:
+        """Return the bytes for the metrics file."""
+        return {"down": self.down, "up": self.up}
 
 
 def round_half_up(value: float) -> int:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from fedstill.federation import Federation, FederationState, Record
+from fedstill.evaluation import Record
+from fedstill.federation import Federation, FederationState
 
 
 class ProgressDisplay:

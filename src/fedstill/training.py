@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedstill.data.augment import augment
 from fedstill.models.stateless import Stateless
-from fedstill.weights import State, Weights
+from fedstill.weights import State, Tensors, Weights
 
 if TYPE_CHECKING:
     from fedstill.methods.base import LocalObjective
@@ -66,12 +66,13 @@ class SGD:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training gave: the new weights, the steps taken, the mean loss, the loss of each step."""
+    """What local training gave: the new weights, the steps taken, each step's loss, and the labels it saw."""
 
     weights: Weights
     steps: int
     losses: Tensor
     grad_norms: Tensor | None
+    labels: Tensor
 
     @property
     def loss(self) -> float:
@@ -105,6 +106,7 @@ def train_locally(
     order: Iterable[Tensor],
     sgd: SGD,
     *,
+    draws: Tensors | None = None,
     augmentation: str = "none",
     generator: torch.Generator | None = None,
 ) -> Trained:
@@ -126,6 +128,8 @@ def train_locally(
         The index batch of each step.
     sgd : SGD
         Step size, clip, weight decay, momentum.
+    draws : dict, optional
+        What ``objective.draws`` returned, each tensor (steps, ...); a step's rows stand in ``extras["draws"]``.
     augmentation : str
         Name of the augmentation.
     generator : torch.Generator, optional
@@ -142,9 +146,12 @@ def train_locally(
     velocity: list[Tensor] = []
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    for batch in order:
+    labels = [y[:0]]
+    for step, batch in enumerate(order):
         inputs = x[batch] if generator is None else augment(x[batch], augmentation, generator)
-        loss = objective.loss(model, params, buffers, inputs, y[batch], extras)
+        given = {**extras, "draws": {name: value[step] for name, value in draws.items()}} if draws else extras
+        labels.append(y[batch])
+        loss = objective.loss(model, params, buffers, inputs, labels[-1], given)
         grads = gradients(loss, leaves)
         with torch.no_grad():
             grads = objective.adjust(grads, params, extras)
@@ -155,7 +162,7 @@ def train_locally(
             norms.append(norm)
     weights = Weights({name: value.detach() for name, value in params.items()}, buffers)
     stacked = torch.stack(losses) if losses else torch.zeros(0)
-    return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None)
+    return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels))
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -38,7 +38,7 @@ def compare_steps(
     x, y = case.tensor("in/x"), case.tensor("in/y")
     task = LocalTask(0, 0, len(y), hyper["lr"], hyper["lr"], len(order))
     extras = objective.prepare(received, state, task)
-    assert objective.extra_weight_decay(task) == 0
+    assert objective.extra_weight_decay(received, task) == 0
     start = net.weights(case.tensor("in/w0"))
     known = [case.tensor("in/w0"), *case.tensor("out/w_after_step")]
     assert len(order) == len(known) - 1

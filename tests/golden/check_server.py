@@ -9,7 +9,7 @@ from registry import Case, checks
 from tiny import Architecture, Turn, batch_order, client_turn
 from torch import Tensor
 
-from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, ServerFusion, ServerState
+from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, RoundContext, ServerFusion, ServerState
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective
 from fedstill.methods.fedprox import FedProxObjective, FedProxSettings
 from fedstill.methods.scaffold import ScaffoldFusion, ScaffoldObjective, ScaffoldSettings
@@ -61,7 +61,7 @@ def compare_rounds(
             states[client] = turn.state
             last_uploads[client] = turn.upload.weights
             uploads.append(turn.upload)
-        server = fusion.fuse(server, uploads, info)
+        server = fusion.fuse(server, uploads, RoundContext(0, info))
         case.agrees("out/w_sel", net.flat(server.weights), round_)
         # The ``all`` evaluation model: what every client uploaded last, the initial model where nobody did.
         shares = [float(size) if all_by_samples else 1.0 for size in sizes]

@@ -38,10 +38,6 @@ NOT_BUILT = {
     "local_moon_official": "MOON",
     "local_moon_official_buffer2": "MOON",
     "local_moon_official_first": "MOON",
-    "partition_feddf": "partition feddf",
-    "partition_fedgen_0": "partition fedgen",
-    "partition_fedgen_1": "partition fedgen",
-    "partition_multinomial": "partition multinomial",
 }
 """Case -> the method or partition it waits for. Such a case is not run and not shown as a test."""
 

@@ -178,7 +178,7 @@ def client_turn(
     """Send the model to a client, train there, and take its upload; both messages travel as bytes."""
     received = over_the_wire(fusion.broadcast(server, task.client, info))
     extras = objective.prepare(received, state, task)
-    sgd = replace(sgd, lr=task.lr, weight_decay=sgd.weight_decay + objective.extra_weight_decay(task))
+    sgd = replace(sgd, lr=task.lr, weight_decay=sgd.weight_decay + objective.extra_weight_decay(received, task))
     trained = train_locally(model, objective, received.weights(), extras, *data, order, sgd)
     payload, state = objective.finish(received, state, trained, task)
     sent = over_the_wire(payload)

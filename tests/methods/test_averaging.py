@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fedstill.errors import InputError
 from fedstill.methods.averaging import FusionSettings, label_counts, merge
-from fedstill.methods.base import FederationInfo, Upload
+from fedstill.methods.base import FederationInfo, RoundContext, Upload
 from fedstill.methods.fedavg import FedAvgFusion
 from fedstill.payload import model_payload
 from fedstill.weights import Weights, weighted_mean, weighted_sum
 
 INFO = FederationInfo((10, 30), 3, (2,), head="head")
+CONTEXT = RoundContext(0, INFO)
 
 
 def model(value: float, rows: Sequence[Sequence[float]], bias: Sequence[float] | None = None, seen: int = 0) -> Weights:
@@ -34,12 +35,15 @@ def uploads(*models: Weights, counts: Tensor | None = None) -> list[Upload]:
 
 def test_clients_count_by_their_samples_or_all_alike() -> None:
     sent = uploads(model(0.0, [[0.0]]), model(4.0, [[8.0]]))
-    by_samples = FedAvgFusion().fuse(FedAvgFusion().start(model(9.0, [[9.0]]), INFO), sent, INFO).weights
+    by_samples = FedAvgFusion().fuse(FedAvgFusion().start(model(9.0, [[9.0]]), INFO), sent, CONTEXT).weights
     assert by_samples.params["body"].tolist() == [3.0, -3.0]
     assert by_samples.params["head.weight"].tolist() == [[6.0]]
     assert by_samples.buffers["norm.mean"].tolist() == [3.0]
     alike = FedAvgFusion(FusionSettings(client_weights="uniform"))
-    assert alike.fuse(alike.start(model(9.0, [[9.0]]), INFO), sent, INFO).weights.params["body"].tolist() == [2.0, -2.0]
+    assert alike.fuse(alike.start(model(9.0, [[9.0]]), INFO), sent, CONTEXT).weights.params["body"].tolist() == [
+        2.0,
+        -2.0,
+    ]
 
 
 def test_the_mean_of_equal_models_is_that_model_bit_for_bit() -> None:
@@ -82,7 +86,11 @@ def test_the_class_weighted_head_without_a_bias_and_through_the_fusion() -> None
     assert not FedAvgFusion().needs_label_counts
     server = fusion.start(model(7.0, [[70.0], [71.0], [72.0]]), INFO)
     sent = uploads(model(0.0, [[1.0]] * 3), model(4.0, [[2.0]] * 3), counts=torch.tensor([[1, 1, 0], [0, 1, 0]]))
-    assert fusion.fuse(server, sent, INFO).weights.params["head.weight"].tolist() == [[1.0], [1.5], [72.0]]
+    assert fusion.fuse(server, sent, CONTEXT).weights.params["head.weight"].tolist() == [
+        [1.0],
+        [1.5],
+        [72.0],
+    ]
 
 
 def test_with_equal_counts_the_class_weighted_head_is_the_uniform_mean() -> None:

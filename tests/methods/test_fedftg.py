@@ -21,7 +21,7 @@ from fedstill.distill.loop import Distillation, generated
 from fedstill.distill.teachers import StackedTeachers
 from fedstill.distill.weighting import class_shares, mixture, sample_weights
 from fedstill.errors import InputError
-from fedstill.methods.base import FederationInfo, RefineContext
+from fedstill.methods.base import FederationInfo, RoundContext
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.models import ConditionalGenerator, Stateless, initial_weights, split_state
 from fedstill.rng import torch_stream
@@ -488,10 +488,10 @@ def test_settings_that_go_together_run(keys: dict[str, object]) -> None:
 # The refinement and its use on any models
 
 
-def context(round: int = 0, real: Samples | None = None) -> RefineContext:
+def context(round: int = 0, real: Samples | None = None) -> RoundContext:
     info = FederationInfo((7, 5, 8), 4, SHAPE)
-    return RefineContext(
-        round, info, 0.9**round, lambda purpose: torch_stream(1, purpose, round), torch.device("cpu"), real
+    return RoundContext(
+        round, info, 0.9**round, lambda purpose: torch_stream(1, purpose, round), torch.device("cpu"), real=real
     )
 
 
@@ -526,7 +526,7 @@ def test_the_metrics_of_a_refinement() -> None:
 class KeepsItsGenerator(FedFTG):
     """FedFTG that holds one live generator instead of passing its state on."""
 
-    def _generator(self, state: State, context: RefineContext, dtype: torch.dtype) -> ConditionalGenerator:
+    def _generator(self, state: State, context: RoundContext, dtype: torch.dtype) -> ConditionalGenerator:
         return LIVE[self.seed].to(dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedstill.distill.teachers import StackedTeachers
 from fedstill.errors import InputError
-from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, RefineContext, ServerFusion, Upload
+from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, RoundContext, ServerFusion, Upload
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.methods.fedprox import FedProxObjective, FedProxSettings
@@ -60,11 +60,11 @@ def play(
             turn = client_turn(model, objective, fusion, server, info, task, (x, y), order, sgd, states[client], counts)
             states[client] = turn.state
             uploads.append(turn.upload)
-        server = fusion.fuse(server, uploads, info)
+        server = fusion.fuse(server, uploads, RoundContext(0, info))
         if refinement is not None:
             counts = torch.stack([upload.label_counts for upload in uploads if upload.label_counts is not None])
             teachers = StackedTeachers.of(model, [upload.weights for upload in uploads], counts)
-            context = RefineContext(round_, info, 1.0, lambda purpose: torch_stream(0, purpose), torch.device("cpu"))
+            context = RoundContext(round_, info, 1.0, lambda purpose: torch_stream(0, purpose), torch.device("cpu"))
             refined = refinement.refine(model, server.weights, teachers, {}, context)
             server = replace(server, weights=refined.weights)
     return server.weights

@@ -12,7 +12,15 @@ from tiny import client_turn
 from torch import Tensor, nn
 
 from fedstill.methods.averaging import FusionSettings
-from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, ServerFusion, ServerState, Upload
+from fedstill.methods.base import (
+    FederationInfo,
+    LocalObjective,
+    LocalTask,
+    RoundContext,
+    ServerFusion,
+    ServerState,
+    Upload,
+)
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective
 from fedstill.methods.scaffold import ScaffoldFusion, ScaffoldObjective, ScaffoldSettings, fixed_steps
 from fedstill.models import Stateless
@@ -91,7 +99,7 @@ class Run:
             )  # fmt: skip
             self.states[client] = turn.state
             uploads.append(turn.upload)
-        self.server = self.fusion.fuse(self.server, uploads, self.info)
+        self.server = self.fusion.fuse(self.server, uploads, RoundContext(self.round, self.info))
         self.round += 1
         return uploads
 
@@ -265,7 +273,7 @@ def test_the_correction_is_inside_the_clip_and_the_variates_leave_the_inputs_alo
     assert norm is not None
     assert float(norm) == 2 + 30 / 1.5 - 10
     assert float(grads[0]) == pytest.approx(10, rel=1e-6)
-    trained = Trained(Weights({"w": w - 1}, {}), 1, torch.zeros(1), None)
+    trained = Trained(Weights({"w": w - 1}, {}), 1, torch.zeros(1), None, torch.zeros(1, dtype=torch.int64))
     objective.finish(received, {"control": {"w": own}}, trained, task)
     assert (float(w), float(c), float(own)) == (2.0, 30.0, 10.0)
 
@@ -297,7 +305,7 @@ def test_the_class_weighted_head_is_a_choice_of_the_fusion() -> None:
         sent = model_payload(Weights({"head.weight": torch.full((2, 1), value), "body": torch.tensor([value])}, {}))
         sent = sent.also(Kind.CONTROL_VARIATE, {"head.weight": torch.ones(2, 1), "body": torch.ones(1)})
         uploads.append(Upload(client, sent, 4, 1, torch.tensor(counts)))
-    after: ServerState = fusion.fuse(server, uploads, info)
+    after: ServerState = fusion.fuse(server, uploads, RoundContext(0, info))
     # Row 0 is 3/4 * 1 + 1/4 * 5 = 2, row 1 is nobody's and stays; the server goes half of the way; c as ever.
     assert after.weights.params["head.weight"].flatten().tolist() == [1.0, 0.0]
     assert after.weights.params["body"].tolist() == [1.5]

@@ -37,7 +37,8 @@ class DistillationSettings(ModedSettings):
     """Where inputs come from: a generator that learns, standard normal noise, or the cohort's own data (an oracle,
     in simulation only)."""
     teacher: TeacherWeights = "label"
-    """How teachers are weighted: by their share of the sample's label (paper), class by class, or uniformly."""
+    """How teachers are weighted: by their share of the sample's label (paper), class by class, or uniformly, their
+    probabilities or their logits."""
     labels: LabelSampling = "sampled"
     """How labels are drawn: y ~ p_t (paper), the released code's stratified counts, or uniformly over classes."""
     iterations: int = Field(10, ge=0)

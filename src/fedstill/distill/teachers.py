@@ -98,6 +98,38 @@ class StackedTeachers:
 
 
 @dataclass(frozen=True)
+class GroupedTeachers:
+    """Models of several architectures: one stack for each, their outputs side by side."""
+
+    groups: Sequence[StackedTeachers]
+
+    @property
+    def counts(self) -> Tensor:
+        """n_k^y, int64 (teachers, classes), in the order of the groups."""
+        return torch.cat([group.counts for group in self.groups])
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return (teachers, batch, classes); gradients flow to ``x`` alone."""
+        return torch.cat([group.logits(x) for group in self.groups])
+
+    def logits_of(self, teacher: int, x: Tensor) -> Tensor:
+        """Return (batch, classes)."""
+        for group in self.groups:
+            if teacher < len(group):
+                return group.logits_of(teacher, x)
+            teacher -= len(group)
+        raise IndexError(f"there are {len(self)} teachers")
+
+    def statistics_gap(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (teachers, batch, classes) and the gap (teachers,)."""
+        pairs = [group.statistics_gap(x) for group in self.groups]
+        return torch.cat([logits for logits, _ in pairs]), torch.cat([gap for _, gap in pairs])
+
+
+@dataclass(frozen=True)
 class ModuleTeachers:
     """Any trained modules as teachers, whatever their architectures; each is called by itself in eval mode."""
 

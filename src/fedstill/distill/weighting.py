@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TeacherWeights = Literal["label", "class", "uniform"]
+TeacherWeights = Literal["label", "class", "uniform", "logits"]
 
 
 def class_shares(counts: Tensor, epsilon: float = 0.0) -> Tensor:
@@ -33,10 +33,10 @@ def class_shares(counts: Tensor, epsilon: float = 0.0) -> Tensor:
 def sample_weights(shares: Tensor, labels: Tensor, kind: TeacherWeights) -> Tensor:
     """Return the weight of every teacher on every sample, (teachers, batch).
 
-    ``uniform`` gives 1/S. ``label`` and ``class`` give a_k^y of the sample's label; a label that nobody in the
-    cohort holds has weight 0.
+    ``uniform`` and ``logits`` give 1/S. ``label`` and ``class`` give a_k^y of the sample's label; a label that
+    nobody in the cohort holds has weight 0.
     """
-    if kind == "uniform":
+    if kind in ("uniform", "logits"):
         return shares.new_full((shares.shape[0], labels.shape[0]), 1.0 / shares.shape[0])
     return shares[:, labels]
 
@@ -52,10 +52,12 @@ def mixture(logits: Tensor, shares: Tensor, labels: Tensor, kind: TeacherWeights
         a_k^c, (teachers, classes).
     labels : Tensor
         (batch,); used by ``label`` alone.
-    kind : {"label", "class", "uniform"}
+    kind : {"label", "class", "uniform", "logits"}
         ``label``: ``q = sum_k a_k^y p_k``; ``class``: ``q_c`` proportional to ``sum_k a_k^c p_k(c)``;
-        ``uniform``: ``q = mean_k p_k``.
+        ``uniform``: ``q = mean_k p_k``; ``logits``: ``q = softmax(mean_k t_k)`` (FedDF).
     """
+    if kind == "logits":
+        return logits.mean(0).softmax(-1)
     probabilities = logits.softmax(-1)
     if kind == "class":
         mass = (shares.to(probabilities)[:, None, :] * probabilities).sum(0)

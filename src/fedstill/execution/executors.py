@@ -14,12 +14,14 @@ from fedstill.models.stateless import Stateless
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+Models = Sequence[Stateless]
+"""The architectures of a federation."""
 
 
 class Executor(Protocol):
-    """Runs ``train(model, work)`` for every piece of work; results come in any order."""
+    """Runs ``train(models, work)`` for every piece of work; results come in any order."""
 
-    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+    def run(self, train: Callable[[Models, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
         """Yield the results as they come."""
 
     def close(self) -> None:
@@ -40,15 +42,15 @@ def intra_op_threads(count: int) -> Iterator[None]:
 class SerialExecutor:
     """One client after another; an error comes straight from the client that made it."""
 
-    def __init__(self, model: Stateless, threads: int = 1) -> None:
-        self.model = model
+    def __init__(self, models: Models, threads: int = 1) -> None:
+        self.models = models
         self.threads = threads
 
-    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+    def run(self, train: Callable[[Models, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
         """Yield the results in order."""
         for work in works:
             with intra_op_threads(self.threads):
-                result = train(self.model, work)
+                result = train(self.models, work)
             yield result
 
     def close(self) -> None:
@@ -56,29 +58,29 @@ class SerialExecutor:
 
 
 class ThreadExecutor:
-    """Several clients at a time, each thread with its own copy of the architecture.
+    """Several clients at a time, each thread with its own copy of the architectures.
 
     Gives the same bits as :class:`SerialExecutor` for the same ``threads``: a client's result depends on its
     own streams alone, and each worker sets its own number of intra-op threads.
     """
 
-    def __init__(self, model: Stateless, workers: int, threads: int = 1) -> None:
+    def __init__(self, models: Models, workers: int, threads: int = 1) -> None:
         self._local = threading.local()
 
         def start() -> None:
             torch.set_num_threads(threads)
-            self._local.model = model.clone()
+            self._local.models = [model.clone() for model in models]
 
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="client", initializer=start)
 
-    def run(self, train: Callable[[Stateless, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+    def run(self, train: Callable[[Models, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
         """Yield the results as they come; when one fails or the caller stops, the rest is cancelled."""
         stop = threading.Event()
 
         def one(work: Work) -> Result:
             if stop.is_set():
                 raise InterruptedError("another client of the cohort failed")
-            return train(self._local.model, work)
+            return train(self._local.models, work)
 
         futures = [self._pool.submit(one, work) for work in works]
         try:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from fedstill.distill.weighting import class_shares
 from fedstill.errors import InputError
-from fedstill.methods.base import FederationInfo, Upload
+from fedstill.methods.base import ClientWeights, FederationInfo, Upload
 from fedstill.settings import Settings
 from fedstill.weights import Weights, weighted_mean
-
-ClientWeights = Literal["samples", "uniform"]
 
 
 class FusionSettings(Settings):

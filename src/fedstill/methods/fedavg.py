@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedstill.methods.averaging import FusionSettings, merge
-from fedstill.methods.base import FederationInfo, LocalObjective, ServerState, Upload
+from fedstill.methods.base import ClientWeights, FederationInfo, LocalObjective, RoundContext, ServerState, Upload
 from fedstill.payload import Payload, model_payload
 from fedstill.weights import Weights
 
@@ -40,6 +40,12 @@ class FedAvgFusion:
     """The weighted average, without any state of its own."""
 
     settings: FusionSettings = field(default_factory=FusionSettings)
+    across_architectures: bool = False
+
+    @property
+    def client_weights(self) -> ClientWeights:
+        """n_k, or the same for all."""
+        return self.settings.client_weights
 
     @property
     def needs_label_counts(self) -> bool:
@@ -58,6 +64,7 @@ class FedAvgFusion:
         """Expect a model."""
         return model_payload(server.weights)
 
-    def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
+    def fuse(self, server: ServerState, uploads: Sequence[Upload], context: RoundContext) -> ServerState:
         """Return ``sum_k n_k w_k / sum_k n_k``."""
-        return ServerState(merge(uploads, self.settings.client_weights, self.settings.head, server.weights, info))
+        keys = self.settings
+        return ServerState(merge(uploads, keys.client_weights, keys.head, server.weights, context.info))

@@ -51,7 +51,7 @@ from fedstill.distill.labels import draw_labels
 from fedstill.distill.loop import Distillation, DistillationSettings, generated, module_state
 from fedstill.distill.teachers import ModuleTeachers, Teachers
 from fedstill.errors import InputError
-from fedstill.methods.base import FederationInfo, RefineContext, Refined
+from fedstill.methods.base import FederationInfo, Refined, RoundContext
 from fedstill.models.anatomy import batch_norms, check_width, split_state
 from fedstill.models.generators import ConditionalGenerator
 from fedstill.models.randomness import layers_draw_from
@@ -94,15 +94,17 @@ class FedFTGSettings(DistillationSettings):
 
     @model_validator(mode="after")
     def _rules(self) -> FedFTGSettings:
-        if self.teacher == "class" and self.md_student != "kl-teacher-student":
+        one_target = self.teacher in ("class", "logits")
+        if one_target and self.md_student != "kl-teacher-student":
             raise ValueError(
-                f"teacher = 'class' makes one target of all teachers and goes with md_student = 'kl-teacher-student' "
-                f"only, not {self.md_student!r}"
+                f"teacher = {self.teacher!r} makes one target of all teachers and goes with "
+                f"md_student = 'kl-teacher-student' only, not {self.md_student!r}"
             )
         mines = self.inputs == "generator" and self.lambda_md > 0
-        if self.teacher == "class" and mines and self.md_gen != "kl-teacher-student":
+        if one_target and mines and self.md_gen != "kl-teacher-student":
             raise ValueError(
-                f"teacher = 'class' goes with md_gen = 'kl-teacher-student' (or lambda_md = 0), not {self.md_gen!r}"
+                f"teacher = {self.teacher!r} goes with md_gen = 'kl-teacher-student' (or lambda_md = 0), "
+                f"not {self.md_gen!r}"
             )
         if self.lambda_bn and self.inputs != "generator":
             raise ValueError(f"lambda_bn teaches a generator, and inputs = {self.inputs!r} has none")
@@ -129,6 +131,8 @@ class FedFTG:
     seed: int = 0
     name: str = "fedftg"
     needs_label_counts: bool = True
+    needs_public: bool = False
+    needs_validation: bool = False
 
     @property
     def simulation_only(self) -> bool:
@@ -150,7 +154,7 @@ class FedFTG:
             initial_generator(0, 1, 1, info.num_classes, info.input_shape, torch.device("cpu"))
 
     def refine(
-        self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RefineContext
+        self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RoundContext
     ) -> Refined:
         """Run the server step of one round.
 
@@ -186,7 +190,7 @@ class FedFTG:
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())
 
-    def _generator(self, state: State, context: RefineContext, dtype: torch.dtype) -> ConditionalGenerator:
+    def _generator(self, state: State, context: RoundContext, dtype: torch.dtype) -> ConditionalGenerator:
         info = context.info
         keys = self.settings
         made = initial_generator(
@@ -197,7 +201,7 @@ class FedFTG:
             made.load_state_dict(state["generator"])
         return made
 
-    def _other_inputs(self, context: RefineContext, dtype: torch.dtype) -> Inputs:
+    def _other_inputs(self, context: RoundContext, dtype: torch.dtype) -> Inputs:
         stream = context.stream("distillation-inputs")
         if self.settings.inputs == "noise":
             return NoiseInputs(context.info.input_shape, stream, dtype)
@@ -252,7 +256,7 @@ class FedFTG:
         params, buffers = split_state(student)
         device = next(iter(params.values())).device
         info = FederationInfo(tuple(counts.sum(1).tolist()), counts.shape[1], tuple(input_shape))
-        context = RefineContext(
+        context = RoundContext(
             round, info, 1.0, lambda purpose: torch_stream(self.seed, purpose, round, device=device), device
         )
         self.check(Stateless(student), info)

@@ -57,6 +57,6 @@ class FedProxObjective(LocalObjective):
         drift = torch._foreach_sub(list(params.values()), anchor)
         return list(torch._foreach_add(grads, drift, alpha=self.settings.mu))
 
-    def extra_weight_decay(self, task: LocalTask) -> float:
+    def extra_weight_decay(self, received: Payload, task: LocalTask) -> float:
         """Return mu for the bug's form."""
         return self.settings.mu if self.settings.kind == "weight_decay_bug" else 0.0

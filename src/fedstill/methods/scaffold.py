@@ -34,8 +34,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedstill.methods.averaging import ClientWeights, FusionSettings, merge
-from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, ServerState, Upload
+from fedstill.methods.averaging import FusionSettings, merge
+from fedstill.methods.base import (
+    ClientWeights,
+    FederationInfo,
+    LocalObjective,
+    LocalTask,
+    RoundContext,
+    ServerState,
+    Upload,
+)
 from fedstill.payload import Kind, Payload, model_payload, scalars
 from fedstill.settings import ModedSettings
 from fedstill.training import Trained
@@ -102,6 +110,8 @@ class ScaffoldFusion:
     fusion: FusionSettings = field(default_factory=FusionSettings)
     refined: bool = True
     """Whether refinements follow; without any, the fused model is the one that is sent down anyway."""
+    client_weights: ClientWeights = "uniform"
+    across_architectures: bool = False
 
     @property
     def needs_label_counts(self) -> bool:
@@ -122,14 +132,15 @@ class ScaffoldFusion:
         """Expect a model and the change of a control variate."""
         return model_payload(server.weights).also(Kind.CONTROL_VARIATE, server.method["control"])
 
-    def fuse(self, server: ServerState, uploads: Sequence[Upload], info: FederationInfo) -> ServerState:
+    def fuse(self, server: ServerState, uploads: Sequence[Upload], context: RoundContext) -> ServerState:
         """Return ``w + eta_g (W - w)`` and ``c + (1/K) sum_S omega_k (c_k+ - c_k)``, W the uniform mean."""
+        info = context.info
         mean = merge(uploads, "uniform", self.fusion.head, server.weights, info)
         rate = self.settings.server_lr
         if rate != 1:
             params = {name: old + rate * (mean.params[name] - old) for name, old in server.weights.params.items()}
             mean = Weights(params, mean.buffers)
-        shares = [self._omega(upload.client, info) / len(info.samples) for upload in uploads]
+        shares = [self._omega(upload.client, info) / info.size for upload in uploads]
         control = {
             name: old + weighted_sum([upload.payload[Kind.CONTROL_VARIATE][name] for upload in uploads], shares)
             for name, old in server.method["control"].items()

@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
-from fedstill.federation import Record
 from fedstill.progress import megabytes
 
 GOAL = 0.9

@@ -18,12 +18,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedstill.errors import InputError
-from fedstill.federation import FederationState
+from fedstill.federation import FederationState, GlobalModel
 from fedstill.methods.base import ServerState
 from fedstill.runs.files import disk_errors, sha256, write_atomically
 from fedstill.weights import State, Tensors, Weights
 
-FORMAT = "fedstill-checkpoint-1"
+FORMAT = "fedstill-checkpoint-2"
 
 
 @dataclass
@@ -61,6 +61,7 @@ class CheckpointStore:
             "format": FORMAT,
             "round": state.round,
             "fingerprint": self.fingerprint,
+            "models": len(state.models),
             "refinements": len(state.refinements),
             "server": self._write(f"checkpoints/{name}.safetensors", _server_tensors(state)),
             "clients": {str(client): entry for client, entry in sorted(self._written.items())},
@@ -89,7 +90,8 @@ class CheckpointStore:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
             form, fingerprint = manifest["format"], manifest["fingerprint"]
-            round, count = int(manifest["round"]), int(manifest["refinements"])
+            round = int(manifest["round"])
+            models, refinements = int(manifest["models"]), int(manifest["refinements"])
             server = _entry(manifest["server"])
             clients = {int(client): _entry(entry) for client, entry in manifest["clients"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,11 +103,9 @@ class CheckpointStore:
         tensors = self._read(server)
         self._written = clients
         self._states = {client: _state(self._read(entry), "") for client, entry in clients.items()}
-        weights = Weights(_under(tensors, "params/"), _under(tensors, "buffers/"))
         return FederationState(
             round,
-            ServerState(weights, _state(tensors, "method/")),
-            tuple(_state(tensors, f"refinement-{index}/") for index in range(count)),
+            tuple(_global_model(_under(tensors, f"model-{place}/"), refinements) for place in range(models)),
             dict(self._states),
             {int(client): counts.cpu() for client, counts in _under(tensors, "label-counts/").items()},
         )
@@ -159,12 +159,21 @@ def _entry(entry: Any) -> dict[str, str]:
 
 
 def _server_tensors(state: FederationState) -> Tensors:
-    tensors = {f"params/{name}": value for name, value in state.server.weights.params.items()}
-    tensors |= {f"buffers/{name}": value for name, value in state.server.weights.buffers.items()}
-    tensors |= _grouped("method/", state.server.method)
-    for index, own in enumerate(state.refinements):
-        tensors |= _grouped(f"refinement-{index}/", own)
-    return tensors | {f"label-counts/{client}": counts for client, counts in state.label_counts.items()}
+    tensors = {f"label-counts/{client}": counts for client, counts in state.label_counts.items()}
+    for place, model in enumerate(state.models):
+        own = {f"params/{name}": value for name, value in model.server.weights.params.items()}
+        own |= {f"buffers/{name}": value for name, value in model.server.weights.buffers.items()}
+        own |= _grouped("method/", model.server.method)
+        for index, kept in enumerate(model.refinements):
+            own |= _grouped(f"refinement-{index}/", kept)
+        tensors |= {f"model-{place}/{name}": value for name, value in own.items()}
+    return tensors
+
+
+def _global_model(tensors: Tensors, refinements: int) -> GlobalModel:
+    weights = Weights(_under(tensors, "params/"), _under(tensors, "buffers/"))
+    server = ServerState(weights, _state(tensors, "method/"))
+    return GlobalModel(server, tuple(_state(tensors, f"refinement-{index}/") for index in range(refinements)))
 
 
 def _grouped(prefix: str, state: State) -> Tensors:

@@ -25,7 +25,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fedstill.config import Config, config_from, to_toml
 from fedstill.errors import InputError
-from fedstill.federation import Federation, Record
+from fedstill.evaluation import Record
+from fedstill.federation import Federation
 from fedstill.runs.checkpoint import CheckpointStore
 from fedstill.runs.environment import environment
 from fedstill.runs.files import disk_errors, sha256, write_atomically
