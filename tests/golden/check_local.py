@@ -34,11 +34,11 @@ def compare_steps(
     """
     hyper = case.hyper
     order = batch_order(case.tensor("in/batch_idx"))
-    sgd = SGD(hyper["lr"], hyper["momentum"], hyper["weight_decay"], hyper["clip_norm"])
     x, y = case.tensor("in/x"), case.tensor("in/y")
     task = LocalTask(0, 0, len(y), hyper["lr"], hyper["lr"], len(order))
     extras = objective.prepare(received, state, task)
-    assert objective.extra_weight_decay(received, task) == 0
+    decay = hyper["weight_decay"] + objective.extra_weight_decay(received, task)
+    sgd = SGD(hyper["lr"], hyper["momentum"], decay, hyper["clip_norm"])
     start = net.weights(case.tensor("in/w0"))
     known = [case.tensor("in/w0"), *case.tensor("out/w_after_step")]
     assert len(order) == len(known) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from registry import Case, checks
@@ -32,8 +33,12 @@ def compare_rounds(
     term: Term,
     all_by_samples: bool,
     after: AfterRound = nothing_more,
+    fused: str = "out/w_sel",
 ) -> None:
-    """Run the recorded rounds. ``term`` is the part of the recorded loss that fedstill has in the gradient."""
+    """Run the recorded rounds. ``term`` is the part of the recorded loss that fedstill has in the gradient.
+
+    ``fused`` names the recorded global models.
+    """
     hyper = case.hyper
     sizes = tuple(case.array("in/n_k").tolist())
     data = [(case.tensor(f"in/x_{client}"), case.tensor(f"in/y_{client}")) for client in range(hyper["clients"])]
@@ -55,14 +60,15 @@ def compare_rounds(
             )
             at = (round_, place)
             case.agrees("out/w_client", net.flat(turn.trained.weights), at)
-            case.agrees("out/loss", losses(net, objective, turn, data[client], order, sgd, lr, term), full(at, order))
+            more = replace(sgd, weight_decay=sgd.weight_decay + objective.extra_weight_decay(turn.received, task))
+            case.agrees("out/loss", losses(net, objective, turn, data[client], order, more, lr, term), full(at, order))
             assert turn.trained.grad_norms is not None
             case.agrees("out/grad_norm", turn.trained.grad_norms, full(at, order))
             states[client] = turn.state
             last_uploads[client] = turn.upload.weights
             uploads.append(turn.upload)
         server = fusion.fuse(server, uploads, RoundContext(0, info))
-        case.agrees("out/w_sel", net.flat(server.weights), round_)
+        case.agrees(fused, net.flat(server.weights), round_)
         # The ``all`` evaluation model: what every client uploaded last, the initial model where nobody did.
         shares = [float(size) if all_by_samples else 1.0 for size in sizes]
         case.agrees("out/w_all", net.flat(weighted_mean(list(last_uploads.values()), shares)), round_)

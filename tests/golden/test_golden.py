@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import check_feddf
+import check_feddyn
 import check_fedftg
 import check_local
+import check_moon
 import check_partitions
 import check_server
 import pytest
 import registry
 
-CHECK_MODULES = (check_fedftg, check_local, check_partitions, check_server)
+CHECK_MODULES = (check_feddf, check_feddyn, check_fedftg, check_local, check_moon, check_partitions, check_server)
 """Importing them fills ``registry.CHECKS``."""
 
 NOT_BUILT = {
@@ -20,24 +23,7 @@ NOT_BUILT = {
     "fedgen_generator": "FedGen",
     "fedgen_user": "FedGen",
     "fedgen_user_round0": "FedGen",
-    "feddf_average": "FedDF",
-    "feddf_distill": "FedDF",
-    "feddf_distill_avg_losses": "FedDF",
-    "feddf_distill_avg_probs": "FedDF",
-    "feddf_distill_bn": "FedDF",
-    "feddf_distill_weighted": "FedDF",
-    "feddf_ftg_server": "FedDF",
     "fedmd_rounds": "FedMD",
-    "local_feddyn": "FedDyn",
-    "local_feddyn_bn": "FedDyn",
-    "server_feddyn": "FedDyn",
-    "server_feddyn_bn": "FedDyn",
-    "local_moon_ftg": "MOON",
-    "local_moon_ftg_bn": "MOON",
-    "local_moon_ftg_first": "MOON",
-    "local_moon_official": "MOON",
-    "local_moon_official_buffer2": "MOON",
-    "local_moon_official_first": "MOON",
 }
 """Case -> the method or partition it waits for. Such a case is not run and not shown as a test."""
 

@@ -98,7 +98,9 @@ class Architecture:
 
     @property
     def stateless(self) -> Stateless:
-        return Stateless(self.module)
+        """The module; its last linear layer is the head."""
+        linear = [name for name, part in self.module.named_modules() if isinstance(part, nn.Linear)]
+        return Stateless(self.module, linear[-1])
 
     def state(self, flat: Tensor) -> Tensors:
         """Return the whole state that a vector holds."""
