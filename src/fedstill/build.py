@@ -21,13 +21,14 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Evaluation
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
 from fedstill.federation import Architecture, Federation
-from fedstill.methods.base import FederationInfo, Method
+from fedstill.methods.base import FederationInfo, LocalObjective, Method
 from fedstill.methods.registry import compose
 from fedstill.methods.scaffold import ScaffoldObjective, fixed_steps
 from fedstill.models import Stateless, batch_norms, build_model, check_width, find_head, split_state
 from fedstill.models.randomness import random_layers
 from fedstill.names import unknown
 from fedstill.rng import numpy_stream, torch_stream
+from fedstill.training import used_in_epoch
 from fedstill.weights import Weights
 
 
@@ -61,13 +62,16 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         raise unknown("augmentation (data.augment)", config.data.augment, dict(list_augmentations()))
     data = data_of(config)
     shares = [torch.from_numpy(train) for train, _, _ in data.parts]
-    info = FederationInfo(tuple(len(share) for share in shares), data.num_classes, data.shape)
+    known = len(data.public.samples) if data.public else 0
+    info = FederationInfo(tuple(len(share) for share in shares), data.num_classes, data.shape, public=known)
     architectures = architectures_of(config, info)
     check_parts(config, method, architectures, data)
     config = with_fixed_steps(config, method, info)
     labels = data.splits.train.y.numpy()
     trained_on = [np.bincount(labels[train], minlength=data.num_classes) for train, _, _ in data.parts]
-    said = notes(replace(data.partition, counts=np.stack(trained_on)), data.class_names, config.local.batch_size)
+    first = data.num_classes - len(data.private_classes)  # the public outputs, which nobody's own data have
+    shown = replace(data.partition, counts=np.stack(trained_on)[:, first:])
+    said = notes(shown, data.private_classes, config.local.batch_size if trains_by_sgd(method.objective) else None)
     models = [architecture.model for architecture in architectures]
     if kinds := sorted({kind for model in models for kind in random_layers(model.module)}):
         config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
@@ -116,6 +120,7 @@ class Data:
     parts: list[tuple[IntArray, IntArray, IntArray]]
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    private_classes: tuple[str, ...]
     public: PublicSet | None
 
     @property
@@ -144,7 +149,7 @@ def data_of(config: Config) -> Data:
         public = load_public(
             wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=seed
         )
-    data = Data(splits, partition, parts, raw.shape, raw.class_names, public)
+    data = Data(splits, partition, parts, raw.shape, raw.class_names, raw.class_names, public)
     return with_public_outputs(data) if wanted.labels == "separate" else data
 
 
@@ -262,7 +267,8 @@ def check_parts(config: Config, method: Method, architectures: Sequence[Architec
                 f"method = {config.method!r} needs to know the linear layer of {architecture.name!r} that gives the "
                 f"logits: name it with model.head"
             )
-        check_batches(config, model, info)
+        if trains_by_sgd(method.objective):
+            check_batches(config, model, info)
         for refinement in method.refinements:
             refinement.check(model, info)
 
@@ -305,16 +311,26 @@ def with_fixed_steps(config: Config, method: Method, info: FederationInfo) -> Co
     return config.model_copy(update={"local": config.local.model_copy(update={"steps": steps})})
 
 
+def trains_by_sgd(objective: LocalObjective) -> bool:
+    """Say whether an objective's clients run the common SGD loop, whose settings are ``[local]``."""
+    return type(objective).run is LocalObjective.run
+
+
 def check_batches(config: Config, model: Stateless, info: FederationInfo) -> None:
     """Refuse a BatchNorm model where a batch would hold one sample."""
     if not batch_norms(model.module):
         return
     size = config.local.batch_size
-    alone = [client for client in info.members if size == 1 or info.samples[client] % size == 1]
+
+    def last(samples: int) -> int:
+        return (used_in_epoch(samples, size, config.local.last_batch) - 1) % size + 1
+
+    alone = [client for client in info.members if last(info.samples[client]) == 1]
     if alone:
         raise InputError(
             f"client {alone[0]} holds {info.samples[alone[0]]} samples, so that with local.batch_size = {size} "
-            f"BatchNorm would see a batch of one; choose another batch size, or model.norm = 'gn'"
+            f"BatchNorm would see a batch of one; choose another batch size, local.last_batch = 'drop', or "
+            f"model.norm = 'gn'"
         )
 
 

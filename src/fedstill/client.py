@@ -121,7 +121,7 @@ class Site:
 
     def _order(self) -> Iterator[Tensor]:
         stream = self.stream("batches")
-        for batch in batches(self.task.samples, self.local.batch_size, self.task.steps, stream):
+        for batch in batches(self.task.samples, self.local.batch_size, self.task.steps, stream, self.local.last_batch):
             self.check_stop()
             yield batch.to(self.own.y.device)
 
@@ -203,7 +203,7 @@ class LocalTrainer:
     def task(self, work: ClientWork) -> LocalTask:
         """Return the learning rate and the number of steps of a client's round."""
         size = len(self.shares[work.client])
-        steps = step_count(size, self.local.batch_size, self.local.epochs, self.local.steps)
+        steps = step_count(size, self.local.batch_size, self.local.epochs, self.local.steps, self.local.last_batch)
         lr = self.local.lr * self.local.lr_decay**work.round
         return LocalTask(work.round, work.client, size, lr, self.local.lr, steps)
 

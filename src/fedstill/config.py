@@ -17,10 +17,17 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from fedstill.errors import InputError
 from fedstill.methods.acceptance import RefinementSettings
 from fedstill.methods.averaging import FusionSettings
+from fedstill.methods.feddf import FedDFSettings
+from fedstill.methods.feddistill import FedDistillSettings
+from fedstill.methods.feddyn import FedDynSettings
 from fedstill.methods.fedftg import FedFTGSettings
+from fedstill.methods.fedgen import FedGenSettings
+from fedstill.methods.fedmd import FedMDSettings
 from fedstill.methods.fedprox import FedProxSettings
+from fedstill.methods.moon import MoonSettings
 from fedstill.methods.scaffold import ScaffoldSettings
 from fedstill.settings import ModedSettings, Settings
+from fedstill.training import LastBatch
 
 Table = dict[str, Any]
 
@@ -134,7 +141,9 @@ class LocalSettings(Settings):
     steps: int | None = Field(None, ge=1)
     """Local steps, instead of epochs."""
     batch_size: int = Field(50, ge=1)
-    """Batch, B; the last smaller one of an epoch is kept."""
+    """Batch, B."""
+    last_batch: LastBatch = "keep"
+    """The last smaller batch of an epoch: keep, or drop where the client fills one (the FedGen and MOON code)."""
     lr: float = Field(0.1, gt=0)
     """Learning rate in round 0, eta_0."""
     lr_decay: float = Field(0.998, gt=0, le=1)
@@ -200,7 +209,8 @@ class Config(Settings):
     schema_version: Literal[1] = 1
     """Version of this schema."""
     method: str = "fedavg+fedftg"
-    """Base method and refinements, joined by +: fedavg, fedprox, scaffold; fedftg."""
+    """Base method and refinements, joined by +: fedavg, fedprox, scaffold, feddyn, moon, fedgen, feddistill, fedmd;
+    feddf, fedftg."""
     seed: SeedSettings = SeedSettings()
     data: DataSettings = DataSettings()
     public: PublicSettings = PublicSettings()
@@ -211,6 +221,12 @@ class Config(Settings):
     refinement: RefinementSettings = RefinementSettings()
     fedprox: FedProxSettings = FedProxSettings()
     scaffold: ScaffoldSettings = ScaffoldSettings()
+    feddyn: FedDynSettings = FedDynSettings()
+    moon: MoonSettings = MoonSettings()
+    feddf: FedDFSettings = FedDFSettings()
+    fedgen: FedGenSettings = FedGenSettings()
+    feddistill: FedDistillSettings = FedDistillSettings()
+    fedmd: FedMDSettings = FedMDSettings()
     fedftg: FedFTGSettings = FedFTGSettings()
     eval: EvalSettings = EvalSettings()
     execution: ExecutionSettings = ExecutionSettings()
@@ -286,7 +302,9 @@ def _let_an_overriding_mode_speak(table: Table, overridden: set[str]) -> None:
 
     A run's ``config.toml`` holds every key; without this a mode given on the command line would set none.
     """
-    fedftg, scaffold = table.get("fedftg"), table.get("scaffold")
+    fedftg, scaffold, moon = table.get("fedftg"), table.get("scaffold"), table.get("moon")
+    if "moon.mode" in overridden and isinstance(moon, dict):
+        _forget_mode(moon, MoonSettings)
     if "fedftg.mode" in overridden:
         if (
             isinstance(scaffold, dict)
@@ -298,6 +316,12 @@ def _let_an_overriding_mode_speak(table: Table, overridden: set[str]) -> None:
             _forget_mode(fedftg, FedFTGSettings)
     elif "scaffold.mode" in overridden and isinstance(scaffold, dict):
         _forget_mode(scaffold, ScaffoldSettings)
+    if "feddf.mode" in overridden and isinstance(feddf := table.get("feddf"), dict):
+        _forget_mode(feddf, FedDFSettings)
+    if "fedmd.mode" in overridden and isinstance(fedmd := table.get("fedmd"), dict):
+        _forget_mode(fedmd, FedMDSettings)
+    if "fedgen.mode" in overridden and isinstance(fedgen := table.get("fedgen"), dict):
+        _forget_mode(fedgen, FedGenSettings)
 
 
 def _forget_mode(table: Table, settings: type[ModedSettings]) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from fedstill.weights import State, Tensors, Weights
 
 if TYPE_CHECKING:
     from fedstill.methods.base import LocalObjective
+
+LastBatch = Literal["keep", "drop"]
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
@@ -66,13 +68,17 @@ class SGD:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training gave: the new weights, the steps taken, each step's loss, and the labels it saw."""
+    """What local training gave: the new weights, the steps taken, each step's loss, and the labels it saw.
+
+    ``sums`` has what the objective's ``loss_and_sums`` noted, added up over the steps.
+    """
 
     weights: Weights
     steps: int
     losses: Tensor
     grad_norms: Tensor | None
     labels: Tensor
+    sums: Tensors = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -80,16 +86,26 @@ class Trained:
         return float(self.losses.mean()) if len(self.losses) else math.nan
 
 
-def step_count(samples: int, batch_size: int, epochs: int, steps: int | None) -> int:
+def used_in_epoch(samples: int, batch_size: int, last_batch: LastBatch) -> int:
+    """Return how many of a client's samples an epoch uses: all, or those that fill batches, where one can be filled."""
+    return samples if last_batch == "keep" or samples < batch_size else samples - samples % batch_size
+
+
+def step_count(samples: int, batch_size: int, epochs: int, steps: int | None, last_batch: LastBatch = "keep") -> int:
     """Return how many SGD steps ``epochs`` over ``samples`` take, or ``steps`` where that is given."""
-    return steps if steps is not None else epochs * math.ceil(samples / batch_size)
+    if steps is not None:
+        return steps
+    return epochs * math.ceil(used_in_epoch(samples, batch_size, last_batch) / batch_size)
 
 
-def batches(samples: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield ``steps`` index batches: a new shuffle each epoch, the last smaller batch of an epoch kept."""
+def batches(
+    samples: int, batch_size: int, steps: int, generator: torch.Generator, last_batch: LastBatch = "keep"
+) -> Iterator[Tensor]:
+    """Yield ``steps`` index batches: a new shuffle each epoch, its last smaller batch kept or dropped."""
     done = 0
     while done < steps:
-        for batch in torch.split(torch.randperm(samples, generator=generator), batch_size):
+        shuffled = torch.randperm(samples, generator=generator)[: used_in_epoch(samples, batch_size, last_batch)]
+        for batch in torch.split(shuffled, batch_size):
             if done == steps:
                 return
             done += 1
@@ -147,12 +163,14 @@ def train_locally(
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     labels = [y[:0]]
+    sums: Tensors = {}
     for step, batch in enumerate(order):
         inputs = x[batch] if generator is None else augment(x[batch], augmentation, generator)
         given = {**extras, "draws": {name: value[step] for name, value in draws.items()}} if draws else extras
         labels.append(y[batch])
-        loss = objective.loss(model, params, buffers, inputs, labels[-1], given)
+        loss, noted = objective.loss_and_sums(model, params, buffers, inputs, labels[-1], given)
         grads = gradients(loss, leaves)
+        sums = {name: sums[name] + value if name in sums else value for name, value in noted.items()}
         with torch.no_grad():
             grads = objective.adjust(grads, params, extras)
         grads, norm = sgd.clip(grads)
@@ -162,7 +180,7 @@ def train_locally(
             norms.append(norm)
     weights = Weights({name: value.detach() for name, value in params.items()}, buffers)
     stacked = torch.stack(losses) if losses else torch.zeros(0)
-    return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels))
+    return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels), sums)
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

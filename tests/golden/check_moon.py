@@ -6,26 +6,24 @@ import check_local
 import torch
 from registry import Case, checks
 from tiny import Architecture, batch_order
-from torch import Tensor
 
-from fedstill.methods.moon import MoonObjective, MoonSettings, contrastive, frozen_features
+from fedstill.methods.base import LocalTask
+from fedstill.methods.moon import MoonObjective, MoonSettings
 from fedstill.payload import model_payload
 from fedstill.weights import State
 
 
-def previous(case: Case, net: Architecture) -> State:
-    """Return what the client keeps: the recorded previous models, where the case uses them."""
+def kept(case: Case, net: Architecture) -> State:
+    """Return what the client kept: the recorded previous models, where the case uses them."""
     if case.hyper.get("first_participation") or "in/w_prev" not in case.arrays:
         return {}
     models = [net.weights(flat) for flat in case.tensor("in/w_prev").reshape(-1, len(case.array("in/w0")))]
     return {
         "previous": {name: torch.stack([model.params[name] for model in models]) for name in models[0].params},
-        "previous-buffers": {name: torch.stack([model.buffers[name] for model in models]) for name in models[0].buffers},
+        "previous-buffers": {
+            name: torch.stack([model.buffers[name] for model in models]) for name in models[0].buffers
+        },
     }
-
-
-def objective_of(case: Case) -> MoonObjective:
-    return MoonObjective(MoonSettings(mu=case.hyper["mu"], tau=case.hyper["tau"]))
 
 
 @checks(
@@ -37,28 +35,17 @@ def objective_of(case: Case) -> MoonObjective:
     "local_moon_official_first",
 )
 def steps(case: Case) -> None:
-    net, objective = Architecture.of(case), objective_of(case)
-    received = model_payload(net.weights(case.tensor("in/w_glob")))
-    check_local.compare_steps(case, net, objective, received, previous(case, net), check_local.no_term)
-    if "out/loss_con_unweighted" in case.arrays:
-        compare_terms(case, net, objective)
-
-
-def compare_terms(case: Case, net: Architecture, objective: MoonObjective) -> None:
-    """Compare the contrastive term alone, at the recorded weights before each step."""
-    known = [case.tensor("in/w0"), *case.tensor("out/w_after_step")]
-    extras = objective.prepare(
-        model_payload(net.weights(case.tensor("in/w_glob"))), previous(case, net), task=None  # type: ignore[arg-type]
-    )
+    net = Architecture.of(case)
+    objective = MoonObjective(MoonSettings(mu=case.hyper["mu"], tau=case.hyper["tau"]))
+    received, state = model_payload(net.weights(case.tensor("in/w_glob"))), kept(case, net)
+    check_local.compare_steps(case, net, objective, received, state, check_local.no_term)
+    if "out/loss_con_unweighted" not in case.arrays:
+        return
+    extras = objective.prepare(received, state, LocalTask(0, 0, 1, 1.0, 1.0, 1))
+    before = [case.tensor("in/w0"), *case.tensor("out/w_after_step")]
     for step, batch in enumerate(batch_order(case.tensor("in/batch_idx"))):
-        case.agrees("out/loss_con_unweighted", term(net, extras, known[step], case.tensor("in/x")[batch], objective), step)
-
-
-def term(net: Architecture, extras: State, flat: Tensor, x: Tensor, objective: MoonObjective) -> Tensor:
-    if not extras:
-        return x.new_zeros(())
-    weights = net.weights(flat)
-    _, z = net.stateless.with_features(weights.params, weights.buffers, x, train=True)
-    number = len(next(iter(extras["frozen"].values())))
-    frozen = [frozen_features(net.stateless, extras, place, x) for place in range(number)]
-    return contrastive(z, frozen, objective.settings.tau)
+        weights, x, y = net.weights(before[step]), case.tensor("in/x")[batch], case.tensor("in/y")[batch]
+        both = objective.loss(net.stateless, weights.params, weights.buffers, x, y, extras)
+        alone = objective.loss(net.stateless, weights.params, weights.buffers, x, y, {})
+        case.agrees("out/loss_ce", alone, step)
+        case.agrees("out/loss_con_unweighted", (both - alone) / objective.settings.mu, step)

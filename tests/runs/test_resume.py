@@ -399,7 +399,7 @@ def test_what_does_not_change_the_numbers_may_change_between_two_runs(
     path = tmp_path / "run"
     stopped(path, SCAFFOLD_FEDFTG, Stop(after=2))
     config = (path / "config.toml").read_text()
-    changed = config.replace('executor = "serial"', 'executor = "threads"').replace("every = 1", "every = 2", 1)
+    changed = config.replace('executor = "serial"', 'executor = "threads"').replace("\nevery = 1\n", "\nevery = 2\n", 1)
     assert changed != config
     (path / "config.toml").write_text(changed)
     assert same_weights(resume(path).weights, whole_runs["scaffold+fedftg"][1].weights)

@@ -226,7 +226,7 @@ def owned_test_shares(test_labels: npt.NDArray[np.integer], counts: IntArray) ->
     return [np.concatenate(own) for own in shares]
 
 
-def notes(partition: Partition, class_names: Sequence[str], batch_size: int) -> list[str]:
+def notes(partition: Partition, class_names: Sequence[str], batch_size: int | None) -> list[str]:
     """Return one line on each thing about a partition that is allowed but worth knowing.
 
     Parameters
@@ -235,8 +235,8 @@ def notes(partition: Partition, class_names: Sequence[str], batch_size: int) -> 
         The shares.
     class_names : sequence of str
         One name per class.
-    batch_size : int
-        The clients' batch size.
+    batch_size : int or None
+        The clients' batch size; None where the method has batches of its own.
     """
     sizes = partition.counts.sum(axis=1)
     clients = len(sizes)
@@ -247,7 +247,7 @@ def notes(partition: Partition, class_names: Sequence[str], batch_size: int) -> 
     single = [str(client) for client in np.flatnonzero(sizes == 1)]
     if single:
         lines.append(f"{len(single)} of {clients} clients hold{_s(single)} a single sample: {_some(single)}")
-    small = np.flatnonzero(sizes < batch_size)
+    small = np.flatnonzero(sizes < (batch_size or 0))
     if len(small):
         lines.append(
             f"{len(small)} of {clients} clients hold{_s(small)} fewer samples than a batch of {batch_size}; "

@@ -8,9 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedstill.data.augment import augment
 from fedstill.data.dataset import Samples
-from fedstill.models import ConditionalGenerator, initial_weights
+from fedstill.models import ConditionalGenerator, FeatureGenerator, initial_weights
 from fedstill.rng import torch_stream
+from fedstill.weights import State
+
+AnyGenerator = ConditionalGenerator | FeatureGenerator
+"""What makes images, or the features that a head reads."""
 
 
 class Draws(Protocol):
@@ -56,7 +61,7 @@ class GeneratedInputs:
     Its running statistics change in the generator phase alone, whichever mode it is.
     """
 
-    generator: ConditionalGenerator
+    generator: AnyGenerator
     train_mode: bool
 
     def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +91,7 @@ class NoiseInputs:
 
 @dataclass(frozen=True)
 class RealInputs:
-    """The cohort's own data with their own labels: the oracle, in simulation only."""
+    """Stored samples with their own labels: the public set; or the cohort's own data, an oracle in simulation only."""
 
     samples: Samples
     stream: torch.Generator
@@ -97,10 +102,40 @@ class RealInputs:
         return self.samples.x[chosen], self.samples.y[chosen]
 
 
+@dataclass(frozen=True)
+class AugmentedInputs:
+    """Other inputs, flipped and cropped at random."""
+
+    inputs: Inputs
+    kind: str
+    stream: torch.Generator
+
+    def batch(self, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return augmented inputs and their labels."""
+        x, y = self.inputs.batch(labels, noise)
+        return augment(x, self.kind, self.stream), y
+
+
 def initial_generator(
     seed: int, noise_dim: int, width: int, num_classes: int, shape: tuple[int, ...], device: torch.device
-) -> ConditionalGenerator:
-    """Return a new generator whose weights come from the stream ``generator`` of ``seed``."""
+) -> AnyGenerator:
+    """Return a new generator whose weights come from the stream ``generator`` of ``seed``.
+
+    A ``shape`` of one dimension is that of features. ``width`` counts a quarter of the feature generator's hidden
+    units, so that one default fits both: 64 are 256 units.
+    """
+    made: AnyGenerator
     with initial_weights(torch_stream(seed, "generator", "initial-weights")):
-        made = ConditionalGenerator(noise_dim, num_classes, shape, ngf=width)
+        if len(shape) == 1:
+            made = FeatureGenerator(noise_dim, num_classes, shape[0], hidden=4 * width)
+        else:
+            made = ConditionalGenerator(noise_dim, num_classes, shape, ngf=width)
     return made.to(device)
+
+
+def kept_generator(made: AnyGenerator, state: State, dtype: torch.dtype) -> AnyGenerator:
+    """Return a new generator as it was left in the round before, where ``state`` has one."""
+    made = made.to(dtype)  # before the state is loaded, which may be finer than the new generator
+    if "generator" in state:
+        made.load_state_dict(state["generator"])
+    return made

@@ -19,11 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedstill.distill import losses
-from fedstill.distill.inputs import Draws, GeneratedInputs, Inputs
+from fedstill.distill.inputs import AnyGenerator, Draws, GeneratedInputs, Inputs
 from fedstill.distill.labels import LabelSampling
 from fedstill.distill.teachers import Teachers
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture, sample_weights
-from fedstill.models.generators import ConditionalGenerator
 from fedstill.models.stateless import Stateless
 from fedstill.settings import ModedSettings
 from fedstill.training import SGD, gradients
@@ -52,7 +51,8 @@ class DistillationSettings(ModedSettings):
     noise_dim: int = Field(100, ge=1)
     """Dimensions of z: 100 for CIFAR-10, 256 for CIFAR-100 in the paper."""
     generator_width: int = Field(64, ge=1)
-    """Channels before the generator's last layer; 64 in the paper, twice as many inside."""
+    """Channels before the generator's last layer; 64 in the paper, twice as many inside. Of a feature generator, a
+    quarter of its hidden units."""
     noise_per: Literal["iteration", "step"] = "iteration"
     """One z per iteration, or a fresh one for every student step."""
     lr_generator: float = Field(0.01, gt=0)
@@ -61,6 +61,8 @@ class DistillationSettings(ModedSettings):
     """Student's SGD learning rate in round 0, decayed with the clients'."""
     weight_decay_student: float = Field(1e-3, ge=0)
     """Weight decay of the student's SGD."""
+    weight_decay_generator: float = Field(0.0, ge=0)
+    """Weight decay of the generator's Adam, added to the gradient (not in the paper)."""
     lambda_md: float = Field(1.0, ge=0)
     """Weight of hard-sample mining in the generator's loss (the paper has 1; 0 switches it off)."""
     lambda_cls: float = Field(1.0, ge=0)
@@ -115,7 +117,7 @@ class Distillation:
     teachers: Teachers
     inputs: Inputs
     draws: Draws
-    generator: ConditionalGenerator | None
+    generator: AnyGenerator | None
     lr_factor: float = 1.0
     log: Log = field(default_factory=Log)
 
@@ -128,7 +130,8 @@ class Distillation:
         if self.generator is not None:
             idle = set(self.generator.biases_before_norm()) if keys.freeze_unused_biases else set()
             learnt = [value for name, value in self.generator.named_parameters() if name not in idle]
-            self.adam = torch.optim.Adam(learnt, lr=keys.lr_generator * self.lr_factor)
+            rate, decay = keys.lr_generator * self.lr_factor, keys.weight_decay_generator
+            self.adam = torch.optim.Adam(learnt, lr=rate, weight_decay=decay)
 
     def run(self) -> Weights:
         """Run all iterations and return the student."""
@@ -142,7 +145,7 @@ class Distillation:
             self.student_phase(iteration, noise, labels)
         return self.student
 
-    def generator_step(self, generator: ConditionalGenerator, noise: Tensor, labels: Tensor) -> None:
+    def generator_step(self, generator: AnyGenerator, noise: Tensor, labels: Tensor) -> None:
         """Let the generator take one step, or one for each teacher in turn."""
         generator.train()
         turns = range(len(self.teachers)) if self.settings.generator_update == "per-teacher" else [None]
@@ -200,7 +203,7 @@ class Distillation:
     def student_step(self, x: Tensor, logits: Tensor, weights: Tensor, target: Tensor) -> None:
         """Take one SGD step on the distillation loss."""
         keys = self.settings
-        with _learning(self.student) as params:
+        with learning(self.student) as params:
             output = self.model(params, self.student.buffers, x, train=keys.student_norm == "train")
             loss = losses.student_loss(output, logits, weights, target, keys.md_student, keys.reduction)
             grads = gradients(loss, list(params.values()))
@@ -209,7 +212,7 @@ class Distillation:
 
 
 @contextmanager
-def _learning(student: Weights) -> Iterator[dict[str, Tensor]]:
+def learning(student: Weights) -> Iterator[dict[str, Tensor]]:
     """Let gradients flow to the student's parameters, and to nobody's else, for the time of one step."""
     for value in student.params.values():
         value.requires_grad_()
@@ -220,7 +223,7 @@ def _learning(student: Weights) -> Iterator[dict[str, Tensor]]:
             value.requires_grad_(False)
 
 
-def generated(generator: ConditionalGenerator, settings: DistillationSettings) -> GeneratedInputs:
+def generated(generator: AnyGenerator, settings: DistillationSettings) -> GeneratedInputs:
     """Return the generator's samples as a distillation's inputs."""
     return GeneratedInputs(generator, train_mode=settings.generator_norm == "train")
 

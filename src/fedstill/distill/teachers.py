@@ -161,6 +161,35 @@ class ModuleTeachers:
         return torch.stack([logits for logits, _ in pairs]), torch.stack([gap.total(x) for _, gap in pairs])
 
 
+@dataclass(frozen=True)
+class SomeTeachers:
+    """Those of an ensemble whose places are named."""
+
+    teachers: Teachers
+    places: Sequence[int]
+
+    @property
+    def counts(self) -> Tensor:
+        """n_k^y, int64 (teachers, classes)."""
+        return self.teachers.counts[list(self.places)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return (teachers, batch, classes)."""
+        return torch.stack([self.teachers.logits_of(place, x) for place in self.places])
+
+    def logits_of(self, teacher: int, x: Tensor) -> Tensor:
+        """Return (batch, classes)."""
+        return self.teachers.logits_of(self.places[teacher], x)
+
+    def statistics_gap(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (teachers, batch, classes) and the gap (teachers,)."""
+        logits, gaps = self.teachers.statistics_gap(x)
+        return logits[list(self.places)], gaps[list(self.places)]
+
+
 @dataclass
 class Gap:
     """Sum over BatchNorm layers of ``||mean - running mean|| + ||var - running var||``."""
@@ -193,6 +222,15 @@ def recorded_gap(module: nn.Module) -> Iterator[Gap]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def teacher_accuracies(teachers: Teachers, x: Tensor, y: Tensor, batch_size: int = 500) -> list[float]:
+    """Return each teacher's own accuracy."""
+    right = torch.zeros(len(teachers), dtype=torch.int64, device=y.device)
+    with torch.no_grad():
+        for inputs, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size)):
+            right += (teachers.logits(inputs).argmax(-1) == labels).sum(1)
+    return [count / len(y) for count in right.tolist()]
 
 
 def ensemble_accuracy(teachers: Teachers, x: Tensor, y: Tensor, kind: TeacherWeights, batch_size: int = 500) -> float:

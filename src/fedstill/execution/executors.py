@@ -68,6 +68,7 @@ class ThreadExecutor:
         self._local = threading.local()
 
         def start() -> None:
+            torch.get_num_threads()  # sets up this thread's count, which would otherwise undo the next line later
             torch.set_num_threads(threads)
             self._local.models = [model.clone() for model in models]
 

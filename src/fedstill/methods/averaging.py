@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedstill.distill.weighting import class_shares
@@ -22,7 +23,9 @@ class FusionSettings(Settings):
     """How the rows of the last linear layer are averaged: like every other weight, or row c by the clients'
     shares of class c (needs the clients' label counts)."""
     client_weights: ClientWeights = "samples"
-    """Weights of FedAvg's and FedProx's average: n_k, or the same for all."""
+    """Weights of FedAvg's, FedProx's and MOON's average: n_k, or the same for all."""
+    server_momentum: float = Field(0.0, ge=0, lt=1)
+    """FedAvgM's beta, for the methods that average as FedAvg does; 0 is the plain average."""
 
 
 def merge(

@@ -42,6 +42,8 @@ class FederationInfo:
         The clients that one global model belongs to, where architectures differ; None for all.
     architectures : int
         How many architectures the whole federation has.
+    public : int
+        Samples of the public set, 0 without one.
     """
 
     samples: tuple[int, ...]
@@ -50,6 +52,7 @@ class FederationInfo:
     head: str | None = None
     clients: tuple[int, ...] | None = None
     architectures: int = 1
+    public: int = 0
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -91,17 +94,20 @@ class Turn:
 class LocalObjective:
     """The client's half of a method. As it stands, this is FedAvg's: cross-entropy by SGD, no state.
 
-    ``loss`` and ``adjust`` run in every step and must be functions of their arguments alone, so that they
-    can be batched over clients; the others run once per client and round. A method whose clients do something
-    else than SGD on one loss replaces ``run``.
+    ``loss_and_sums``, which calls ``loss``, and ``adjust`` run in every step and must be functions of their
+    arguments alone, so that they can be batched over clients; the others run once per client and round. A method
+    whose clients do something else than SGD on one loss replaces ``run``.
     """
 
-    personal: bool = False
-    """Whether every client predicts with a model of its own, so that there is no one model to measure or refine."""
     needs_head: bool = False
     """Whether the steps look at features, the input of the model's last linear layer."""
     needs_public: bool = False
     """Whether the clients learn on the public set too."""
+
+    @property
+    def personal(self) -> bool:
+        """Whether every client predicts with a model of its own, so that there is no one model to measure or refine."""
+        return False
 
     def run(self, site: Site) -> Turn:
         """Do a client's round: prepare, train by SGD, finish."""
@@ -130,6 +136,12 @@ class LocalObjective:
     def loss(self, model: Stateless, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, extras: State) -> Tensor:
         """Return the scalar to differentiate: mean cross-entropy over the batch."""
         return F.cross_entropy(model(params, buffers, x, train=True), y)
+
+    def loss_and_sums(
+        self, model: Stateless, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, extras: State
+    ) -> tuple[Tensor, Tensors]:
+        """Return the loss, and what the client wants to know of its steps: tensors that are summed over them."""
+        return self.loss(model, params, buffers, x, y, extras), {}
 
     def adjust(self, grads: list[Tensor], params: Tensors, extras: State) -> list[Tensor]:
         """Return the gradients with the method's correction added, before the clip."""

@@ -13,6 +13,10 @@ Travels
     Down w, up w. With ``fusion.head = "class-weighted"`` also the M label counts, once.
 Defaults
     Those of the FedFTG paper's experiments (clip 10, weight decay 1e-3 after the clip, lr 0.1 * 0.998^t).
+Server momentum
+    ``fusion.server_momentum`` is FedAvgM's beta (Hsu, Qi, Brown, arXiv 1909.06335, 2019): with W the average above,
+    ``v <- beta v + (w_t - W)``, ``w_{t+1} = w_t - v``. ``w_t`` is the model that was sent down, after any refinement;
+    v starts at 0 and stays on the server. Buffers are averaged without momentum.
 Class-weighted head
     ``fusion.head = "class-weighted"`` is not McMahan's: row c of the last layer is averaged with the clients'
     shares of class c. Its pieces are known: HeteroFL (ICLR 2021) averages output rows over the clients that
@@ -28,7 +32,7 @@ from dataclasses import dataclass, field
 from fedstill.methods.averaging import FusionSettings, merge
 from fedstill.methods.base import ClientWeights, FederationInfo, LocalObjective, RoundContext, ServerState, Upload
 from fedstill.payload import Payload, model_payload
-from fedstill.weights import Weights
+from fedstill.weights import Weights, zeros_like
 
 
 class FedAvgObjective(LocalObjective):
@@ -37,7 +41,7 @@ class FedAvgObjective(LocalObjective):
 
 @dataclass(frozen=True)
 class FedAvgFusion:
-    """The weighted average, without any state of its own."""
+    """The weighted average; its only state is the server's velocity, where there is momentum."""
 
     settings: FusionSettings = field(default_factory=FusionSettings)
     across_architectures: bool = False
@@ -53,8 +57,8 @@ class FedAvgFusion:
         return self.settings.head == "class-weighted"
 
     def start(self, weights: Weights, info: FederationInfo) -> ServerState:
-        """Return the initial model."""
-        return ServerState(weights)
+        """Return the initial model, at rest."""
+        return ServerState(weights, {"velocity": zeros_like(weights.params)} if self.settings.server_momentum else {})
 
     def broadcast(self, server: ServerState, client: int, info: FederationInfo) -> Payload:
         """Send the global model."""
@@ -65,6 +69,14 @@ class FedAvgFusion:
         return model_payload(server.weights)
 
     def fuse(self, server: ServerState, uploads: Sequence[Upload], context: RoundContext) -> ServerState:
-        """Return ``sum_k n_k w_k / sum_k n_k``."""
-        keys = self.settings
-        return ServerState(merge(uploads, keys.client_weights, keys.head, server.weights, context.info))
+        """Return ``sum_k n_k w_k / sum_k n_k``, or the step towards it that momentum makes of it."""
+        keys, old = self.settings, server.weights
+        mean = merge(uploads, keys.client_weights, keys.head, old, context.info)
+        if not keys.server_momentum:
+            return ServerState(mean)
+        velocity = {
+            name: keys.server_momentum * value + (old.params[name] - mean.params[name])
+            for name, value in server.method["velocity"].items()
+        }
+        moved = {name: old.params[name] - value for name, value in velocity.items()}
+        return ServerState(Weights(moved, mean.buffers), {"velocity": velocity})

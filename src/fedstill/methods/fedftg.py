@@ -14,6 +14,10 @@ Client, travels
     As the base method; the M label counts go up once.
 State
     The generator lives on over all rounds; optimisers start anew each round.
+Feature level
+    ``level = "feature"`` (Table 5; not released, so this is our reading): the pseudo data are features, the input of
+    the last linear layer. Student and teachers are their heads, L_dis is taken on features, only the head learns and
+    everything before it stays as it was fused. The generator is a small one for features (``FeatureGenerator``).
 Which mode
     ``paper``: the equations, with the released code's normalised distances in L_dis (Eq. 7 underflows to 0 for
     images) and its 1/M in the student's loss (a student step without it, at the paper's learning rate, damages the
@@ -38,26 +42,34 @@ Related
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fedstill.distill.inputs import Inputs, NoiseInputs, RealInputs, StreamDraws, initial_generator
+from fedstill.distill.inputs import (
+    AnyGenerator,
+    Inputs,
+    NoiseInputs,
+    RealInputs,
+    StreamDraws,
+    initial_generator,
+    kept_generator,
+)
 from fedstill.distill.labels import draw_labels
 from fedstill.distill.loop import Distillation, DistillationSettings, generated, module_state
-from fedstill.distill.teachers import ModuleTeachers, Teachers
+from fedstill.distill.teachers import ModuleTeachers, StackedTeachers, Teachers
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, Refined, RoundContext
 from fedstill.models.anatomy import batch_norms, check_width, split_state
-from fedstill.models.generators import ConditionalGenerator
 from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.rng import seed_of, torch_stream
-from fedstill.weights import State, Weights
+from fedstill.weights import State, Tensors, Weights
 
 MODES: dict[str, dict[str, object]] = {
     "paper": {},
@@ -91,6 +103,9 @@ class FedFTGSettings(DistillationSettings):
 
     mode: Literal["paper", "code", "tuned"] = "paper"
     """The paper's equations, the released code's, or what measurements favour; sets every key not given."""
+    level: Literal["input", "feature"] = "input"
+    """Whether pseudo data are inputs and the whole model learns, or features and the last linear layer alone
+    (Table 5)."""
 
     @model_validator(mode="after")
     def _rules(self) -> FedFTGSettings:
@@ -108,6 +123,10 @@ class FedFTGSettings(DistillationSettings):
             )
         if self.lambda_bn and self.inputs != "generator":
             raise ValueError(f"lambda_bn teaches a generator, and inputs = {self.inputs!r} has none")
+        if self.level == "feature" and self.inputs == "real":
+            raise ValueError("level = 'feature' goes with inputs = 'generator' or 'noise': real data are no features")
+        if self.level == "feature" and self.lambda_bn:
+            raise ValueError("lambda_bn looks at BatchNorm layers, and level = 'feature' leaves them out; set it to 0")
         if self.generator_update == "per-teacher" and (self.md_gen == "kl-teacher-student" or self.lambda_bn):
             raise ValueError(
                 "generator_update = 'per-teacher' takes one teacher at a time; it does not go with "
@@ -145,12 +164,15 @@ class FedFTG:
         Raises
         ------
         InputError
-            ``lambda_bn`` without BatchNorm, or inputs of which the generator cannot make any.
+            ``lambda_bn`` without BatchNorm, inputs of which the generator cannot make any, or feature level where
+            no head stands by itself or architectures differ.
         """
         keys = self.settings
         if keys.lambda_bn and not batch_norms(model.module):
             raise InputError("fedftg.lambda_bn needs a model with BatchNorm: set model.norm = 'bn' or lambda_bn = 0")
-        if keys.inputs == "generator":
+        if keys.level == "feature":
+            Head.check(model, info)
+        elif keys.inputs == "generator":
             initial_generator(0, 1, 1, info.num_classes, info.input_shape, torch.device("cpu"))
 
     def refine(
@@ -175,9 +197,19 @@ class FedFTG:
             The metrics are means over the refinement: ``student_loss``, ``generator_md``, ``generator_cls``,
             ``generator_dis``, and ``label_accuracy``, the share of inputs whose label the teachers see.
         """
-        keys = self.settings
-        if keys.iterations == 0:
+        if self.settings.iterations == 0:
             return Refined(student, state, {})
+        if self.settings.level == "input":
+            return self._refine(model, student, teachers, state, context)
+        head = Head.of(model, context.info)
+        features = replace(context, info=replace(context.info, input_shape=(head.width,)))
+        refined = self._refine(head.model, head.cut(student), head.teachers(teachers), state, features)
+        return replace(refined, weights=head.put_back(student, refined.weights))
+
+    def _refine(
+        self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RoundContext
+    ) -> Refined:
+        keys = self.settings
         dtype = next(iter(student.params.values())).dtype
         generator = self._generator(state, context, dtype) if keys.inputs == "generator" else None
         labels = draw_labels(
@@ -190,16 +222,13 @@ class FedFTG:
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())
 
-    def _generator(self, state: State, context: RoundContext, dtype: torch.dtype) -> ConditionalGenerator:
+    def _generator(self, state: State, context: RoundContext, dtype: torch.dtype) -> AnyGenerator:
         info = context.info
         keys = self.settings
         made = initial_generator(
             self.seed, keys.noise_dim, keys.generator_width, info.num_classes, info.input_shape, context.device
         )
-        made = made.to(dtype)  # before the state is loaded, which may be finer than the fresh generator
-        if "generator" in state:
-            made.load_state_dict(state["generator"])
-        return made
+        return kept_generator(made, state, dtype)
 
     def _other_inputs(self, context: RoundContext, dtype: torch.dtype) -> Inputs:
         stream = context.stream("distillation-inputs")
@@ -268,6 +297,78 @@ class FedFTG:
         return student, refined.state, refined.metrics
 
 
-def generator_seed(train_seed: int) -> int:
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer of a model as a model of its own, for the feature level.
+
+    Parameters
+    ----------
+    name : str
+        Its dotted name.
+    model : Stateless
+        A copy of the layer.
+    width : int
+        The number of features that it reads.
+    """
+
+    name: str
+    model: Stateless
+    width: int
+
+    @staticmethod
+    def check(model: Stateless, info: FederationInfo) -> None:
+        """Raise InputError where the head is not known, is tied to another layer, or architectures differ."""
+        if info.architectures > 1:
+            raise InputError(
+                "fedftg.level = 'feature': models of different architectures share no features; "
+                "use level = 'input', or one [model]"
+            )
+        if info.head is None:
+            raise InputError(
+                "fedftg.level = 'feature' needs to know the linear layer that gives the logits: name it with model.head"
+            )
+        own = dict(model.module.get_submodule(info.head).named_parameters(remove_duplicate=False))
+        inside = {id(value) for value in own.values()}
+        everywhere = dict(model.module.named_parameters(remove_duplicate=False))
+        found = {name for name, value in everywhere.items() if id(value) in inside}
+        if found != {f"{info.head}.{name}" for name in own} or "weight" not in own:
+            raise InputError(
+                f"fedftg.level = 'feature': the weights of {info.head!r} are tied to others, or computed from them; "
+                "use level = 'input'"
+            )
+
+    @staticmethod
+    def of(model: Stateless, info: FederationInfo) -> Head:
+        """Return the head of a model."""
+        Head.check(model, info)
+        assert info.head is not None
+        layer = copy.deepcopy(model.module.get_submodule(info.head))
+        assert isinstance(layer, nn.Linear)
+        return Head(info.head, Stateless(layer), layer.in_features)
+
+    def cut(self, whole: Weights) -> Weights:
+        """Return the head's part of a model's weights."""
+        return Weights(self._own(whole.params), self._own(whole.buffers))
+
+    def teachers(self, whole: Teachers) -> Teachers:
+        """Return the teachers' heads."""
+        if not isinstance(whole, StackedTeachers):
+            raise InputError(
+                "fedftg.level = 'feature' needs teachers of the student's architecture; use level = 'input'"
+            )
+        return replace(whole, model=self.model, params=self._own(whole.params), buffers=self._own(whole.buffers))
+
+    def put_back(self, whole: Weights, head: Weights) -> Weights:
+        """Return a model's weights with another head."""
+        params = {f"{self.name}.{name}": value for name, value in head.params.items()}
+        buffers = {f"{self.name}.{name}": value for name, value in head.buffers.items()}
+        return Weights({**whole.params, **params}, {**whole.buffers, **buffers})
+
+    def _own(self, tensors: Tensors) -> Tensors:
+        before = f"{self.name}."
+        return {name.removeprefix(before): value for name, value in tensors.items() if name.startswith(before)}
+
+
+def generator_seed(train_seed: int, method: str = "fedftg") -> int:
     """Return the seed of a federation's generator."""
-    return seed_of(train_seed, "fedftg")
+    return seed_of(train_seed, method)

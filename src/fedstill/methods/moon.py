@@ -19,7 +19,7 @@ Features
 Defaults
     ``mu = 5``, the paper's and the released code's for CIFAR-10 (1 for CIFAR-100 and Tiny-ImageNet), ``tau = 0.5``.
     They train with lr 0.01, momentum 0.9, weight decay 1e-5, no clip, no decay, batch 64 and 10 epochs, and drop the
-    last smaller batch; those are keys of ``[local]`` (the last batch is always kept here).
+    last smaller batch; those are keys of ``[local]``.
 Deviation of the FedFTG code
     ``mode = "code"``: mu 0.5 and tau 5, which look exchanged.
 Cost
@@ -93,11 +93,11 @@ class MoonObjective(LocalObjective):
         return F.cross_entropy(logits, y) + self.settings.mu * contrastive(z, frozen, self.settings.tau)
 
     def finish(self, received: Payload, state: State, trained: Trained, task: LocalTask) -> tuple[Payload, State]:
-        """Return ``w_k``; keep it with those before it, the newest first."""
-        own, keep = trained.weights, self.settings.previous_models
+        """Return ``w_k``; keep it on top of those before it, ``previous_models`` in all."""
+        own, older = trained.weights, self.settings.previous_models - 1
         return model_payload(own), {
-            "previous": _stacked(own.params, state.get("previous", {}), keep),
-            "previous-buffers": _stacked(own.buffers, state.get("previous-buffers", {}), keep),
+            "previous": _stacked(own.params, _newest(state.get("previous", {}), older)),
+            "previous-buffers": _stacked(own.buffers, _newest(state.get("previous-buffers", {}), older)),
         }
 
 
@@ -115,12 +115,13 @@ def frozen_features(model: Stateless, extras: State, place: int, x: Tensor) -> T
     return model.with_features(params, buffers, x, train=False)[1]
 
 
-def _stacked(first: Tensors, others: Tensors, keep: int | None = None) -> Tensors:
-    """Return a model stacked on others (models, ...), at most ``keep`` in all."""
-    return {
-        name: torch.cat([value[None], others[name][: keep and keep - 1]]) if name in others else value[None].clone()
-        for name, value in first.items()
-    }
+def _stacked(model: Tensors, others: Tensors) -> Tensors:
+    """Return a model on top of a stack of others (models, ...), which may be empty."""
+    return {name: torch.cat([value[None], others.get(name, value[None][:0])]) for name, value in model.items()}
+
+
+def _newest(stack: Tensors, number: int) -> Tensors:
+    return {name: value[:number] for name, value in stack.items()}
 
 
 def _models_in(stack: Tensors) -> int:

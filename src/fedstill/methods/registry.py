@@ -9,10 +9,17 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from fedstill.errors import InputError
+from fedstill.methods.alone import AloneFusion, AloneObjective
 from fedstill.methods.base import Method
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective
+from fedstill.methods.feddf import FedDF
+from fedstill.methods.feddistill import FedDistillFusion, FedDistillObjective
+from fedstill.methods.feddyn import FedDynFusion, FedDynObjective
 from fedstill.methods.fedftg import FedFTG, generator_seed
+from fedstill.methods.fedgen import FedGenFusion, FedGenObjective
+from fedstill.methods.fedmd import FedMDFusion, FedMDObjective
 from fedstill.methods.fedprox import FedProxObjective
+from fedstill.methods.moon import MoonObjective
 from fedstill.methods.scaffold import ScaffoldFusion, ScaffoldObjective
 from fedstill.names import unknown
 
@@ -29,6 +36,10 @@ class Entry:
 
 
 BASES: dict[str, Entry] = {
+    "alone": Entry(
+        "no federation: every client trains by itself, the floor",
+        lambda config: (AloneObjective(), AloneFusion()),
+    ),
     "fedavg": Entry(
         "local SGD and the sample-weighted average (McMahan et al. 2017)",
         lambda config: (FedAvgObjective(), FedAvgFusion(config.fusion)),
@@ -44,9 +55,36 @@ BASES: dict[str, Entry] = {
             ScaffoldFusion(config.scaffold, config.fusion, refined="+" in config.method),
         ),
     ),
+    "feddyn": Entry(
+        "a regulariser that moves with every client's past (Acar et al. 2021)",
+        lambda config: (FedDynObjective(), FedDynFusion(config.feddyn, config.fusion)),
+    ),
+    "moon": Entry(
+        "a contrastive term on the features, against the global and the client's last model (Li et al. 2021)",
+        lambda config: (MoonObjective(config.moon), FedAvgFusion(config.fusion)),
+    ),
+    "fedgen": Entry(
+        "a generator of features, learnt from the clients' heads, regularises their training (Zhu et al. 2021)",
+        lambda config: (
+            FedGenObjective(config.fedgen, config.local.batch_size),
+            FedGenFusion(config.fedgen, config.fusion, config.seed.train),
+        ),
+    ),
+    "feddistill": Entry(
+        "clients share their mean logits by label, and with feddistill.share = 'weights' their models (FedDistill+)",
+        lambda config: (FedDistillObjective(config.feddistill), FedDistillFusion(config.feddistill, config.fusion)),
+    ),
+    "fedmd": Entry(
+        "participants with models of their own fit their mean logits on public samples (Li and Wang 2019)",
+        lambda config: (FedMDObjective(config.fedmd), FedMDFusion(config.fedmd, config.data.clients)),
+    ),
 }
 
 REFINEMENTS: dict[str, Entry] = {
+    "feddf": Entry(
+        "ensemble distillation of the clients' models on unlabelled samples (Lin et al. 2020)",
+        lambda config: FedDF(config.feddf, generator_seed(config.seed.train, "feddf"), config.data.augment),
+    ),
     "fedftg": Entry(
         "data-free distillation of the clients' models into the fused one (Zhang et al. 2022)",
         lambda config: FedFTG(config.fedftg, seed=generator_seed(config.seed.train)),
@@ -87,6 +125,8 @@ def compose(config: Config) -> Method:
             f"method = {config.method!r}: a part is not a factory of methods ({error}); it must take the configuration "
             f"and return (objective, fusion), or a refinement"
         ) from error
+    if config.fusion.server_momentum and not isinstance(fusion, FedAvgFusion):
+        raise InputError(f"fusion.server_momentum: {base!r} does not average as FedAvg does; leave it at 0")
     return Method(config.method, objective, fusion, refinements)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from fedstill.config import Config, config_from, to_toml
+from fedstill.config import Config, EvalSettings, config_from, to_toml
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.federation import Federation
@@ -176,9 +176,10 @@ def lock(path: Path) -> IO[str]:
 
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
+    only_measured = set(EvalSettings.model_fields) - {"models"}  # "all" needs what clients have kept from the start
     computed = config.model_dump(
         mode="json",
-        exclude={"eval": True, "execution": {"executor", "workers"}, "checkpoint": True, "data": {"root"}},
+        exclude={"eval": only_measured, "execution": {"executor", "workers"}, "checkpoint": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device)
