@@ -66,14 +66,14 @@ def test_auto_is_made_definite_before_round_0() -> None:
 def spied(monkeypatch: pytest.MonkeyPatch, *keys: str) -> tuple[Federation, list[list[int]], dict[Any, list[Tensor]]]:
     """Run and return the federation, its cohorts, and the batches of each round and client."""
     orders: dict[Any, list[Tensor]] = {}
-    original = Site._order
+    original = Site.order
 
     def spy(self: Site) -> Iterator[Tensor]:
         for batch in original(self):
             orders.setdefault((self.task.round, self.task.client), []).append(batch)
             yield batch
 
-    monkeypatch.setattr(Site, "_order", spy)
+    monkeypatch.setattr(Site, "order", spy)
     federation, _, records = play(*keys)
     monkeypatch.undo()
     return federation, [record["cohort"] for record in records], orders  # type: ignore[misc]

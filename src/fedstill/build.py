@@ -20,6 +20,7 @@ from fedstill.data.public import PublicSet, load_public
 from fedstill.errors import InputError
 from fedstill.evaluation import Evaluation
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
+from fedstill.execution.vectorized import VectorizedExecutor, why_not
 from fedstill.federation import Architecture, Federation
 from fedstill.methods.base import FederationInfo, LocalObjective, Method
 from fedstill.methods.registry import compose
@@ -42,7 +43,7 @@ def resolve(config: Config) -> Config:
         raise InputError("execution.device = 'cuda', but PyTorch sees no CUDA device here")
     executor = execution.executor
     if executor == "auto":
-        executor = "threads" if device == "cpu" else "serial"
+        executor = "threads" if device == "cpu" else "vectorized"
     workers = execution.workers or os.cpu_count() or 1
     resolved = execution.model_copy(update={"device": device, "executor": executor, "workers": workers})
     return config.model_copy(update={"execution": resolved})
@@ -82,6 +83,11 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     device = torch.device(config.execution.device)
     for model in models:
         model.module.to(device)
+    if config.execution.executor == "vectorized":
+        reasons = [why_not(method.objective, model, data.shape) for model in models]
+        if found := [reason for reason in reasons if reason]:
+            config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
+            said.append(f"{config.method} cannot be vectorized here: {found[0]}; clients are trained one after another")
     architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
     train = data.splits.train.to(device)
     public = data.public.samples.to(device) if data.public else None
@@ -362,4 +368,6 @@ def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Ex
     if execution.executor == "threads":
         workers = min(execution.workers or 1, clients)
         return ThreadExecutor(models, workers, execution.intra_op_threads)
+    if execution.executor == "vectorized":
+        return VectorizedExecutor(models, execution.clients_at_once, execution.intra_op_threads)
     return SerialExecutor(models, execution.intra_op_threads)

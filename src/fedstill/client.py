@@ -13,7 +13,7 @@ from torch import Tensor
 from fedstill.config import LocalSettings
 from fedstill.data.dataset import Samples
 from fedstill.errors import RunError
-from fedstill.methods.base import LocalObjective, LocalTask
+from fedstill.methods.base import LocalObjective, LocalTask, Turn
 from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
@@ -110,7 +110,7 @@ class Site:
             extras,
             self.own.x,
             self.own.y,
-            self._order(),
+            self.order(),
             SGD(self.task.lr, self.local.momentum, decay, self.local.clip_norm),
             draws={name: value.to(device) for name, value in draws.items()},
             augmentation=self.augmentation,
@@ -119,7 +119,8 @@ class Site:
         check_finite(trained, self.task)
         return trained
 
-    def _order(self) -> Iterator[Tensor]:
+    def order(self) -> Iterator[Tensor]:
+        """Yield the index batches of the round, on the device."""
         stream = self.stream("batches")
         for batch in batches(self.task.samples, self.local.batch_size, self.task.steps, stream, self.local.last_batch):
             self.check_stop()
@@ -173,10 +174,13 @@ class LocalTrainer:
             site.model.module, site.own.y.device, seed_of(self.seed, "layers", work.round, work.client)
         ):
             turn = self.objective.run(site)
+        return self.result(work, turn, time.perf_counter() - began)
+
+    def result(self, work: ClientWork, turn: Turn, seconds: float) -> ClientResult:
+        """Return what a client sends back, with its label counts where they were asked for."""
         payload = turn.payload
         if work.send_label_counts:
             payload = payload.also(Kind.LABEL_COUNTS, {"counts": self.label_counts(work.client)})
-        seconds = time.perf_counter() - began
         return ClientResult(work.client, payload, turn.state, turn.steps, turn.loss, seconds)
 
     def site(self, models: Sequence[Stateless], work: ClientWork) -> Site:

@@ -182,10 +182,13 @@ class EvalSettings(Settings):
 class ExecutionSettings(Settings):
     """``[execution]``: how the same numbers are computed."""
 
-    executor: Literal["auto", "serial", "threads"] = "auto"
-    """auto: threads on a CPU, serial on a GPU."""
+    executor: Literal["auto", "serial", "threads", "vectorized"] = "auto"
+    """serial; threads (the same bits); vectorized: the cohort as one batched model (serial's numbers up to rounding);
+    auto: threads on a CPU, vectorized on a GPU."""
     workers: int | None = Field(None, ge=1)
     """Clients trained at a time by `threads`; by default one per core."""
+    clients_at_once: int | None = Field(None, ge=1)
+    """Clients batched with each other by `vectorized`, which bounds its memory; by default the whole cohort."""
     intra_op_threads: int = Field(1, ge=1)
     """Threads inside an operation while a client trains; bits are promised for equal values."""
     server_threads: int = Field(1, ge=1)

@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
 from fedstill.models.stateless import Stateless
+
+if TYPE_CHECKING:
+    from fedstill.client import ClientResult, ClientWork, LocalTrainer
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -19,9 +22,9 @@ Models = Sequence[Stateless]
 
 
 class Executor(Protocol):
-    """Runs ``train(models, work)`` for every piece of work; results come in any order."""
+    """Runs the trainer for every client's work; results come in any order."""
 
-    def run(self, train: Callable[[Models, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
+    def run(self, train: LocalTrainer, works: Sequence[ClientWork]) -> Iterator[ClientResult]:
         """Yield the results as they come."""
 
     def close(self) -> None:

@@ -1,0 +1,320 @@
+"""A cohort trained as one batched model: stacked parameters, one ``torch.func`` step for many clients.
+
+Clients need not have the same number of samples. Each goes through its own batches in its own order; in every tick
+those whose next batch has the same size step together, and a client that has finished no longer moves. Every sum is a
+client's own, so that the results are those of one client after another up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fedstill.client import ClientResult, ClientWork, LocalTrainer, Site, check_finite
+from fedstill.data.augment import augment
+from fedstill.execution.executors import Models, intra_op_threads
+from fedstill.methods.base import LocalObjective, Turn
+from fedstill.models.layers import Dropout
+from fedstill.models.randomness import random_layers
+from fedstill.models.stateless import Stateless
+from fedstill.training import CLIP_EPSILON, Trained
+from fedstill.weights import State, Tensors, Weights
+
+Stack = dict[str, Tensor]
+"""Tensors by name with a leading dimension of clients."""
+
+
+class VectorizedExecutor:
+    """The cohort in chunks, each as one batched model.
+
+    Parameters
+    ----------
+    models : sequence of Stateless
+        The federation's architectures; clients of different ones are not batched with each other.
+    at_once : int or None
+        Largest number of clients in a chunk, which bounds the memory; None for the whole cohort.
+    threads : int
+        Threads inside an operation.
+    """
+
+    def __init__(self, models: Models, at_once: int | None = None, threads: int = 1) -> None:
+        self.models = models
+        self.at_once = at_once
+        self.threads = threads
+
+    def run(self, train: LocalTrainer, works: Sequence[ClientWork]) -> Iterator[ClientResult]:
+        """Yield the results chunk by chunk."""
+        for chunk in self.chunks(works):
+            began = time.perf_counter()
+            with intra_op_threads(self.threads):
+                turns = train_together(train, [train.site(self.models, work) for work in chunk])
+            seconds = (time.perf_counter() - began) / len(chunk)
+            for work, turn in zip(chunk, turns, strict=True):
+                yield train.result(work, turn, seconds)
+
+    def chunks(self, works: Sequence[ClientWork]) -> Iterator[Sequence[ClientWork]]:
+        """Yield works of one architecture, at most ``at_once`` of them."""
+        for place in range(len(self.models)):
+            own = [work for work in works if work.architecture == place]
+            size = self.at_once or max(len(own), 1)
+            yield from (own[first : first + size] for first in range(0, len(own), size))
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...]) -> str | None:
+    """Say why clients of a method and an architecture cannot be trained as one batch; None where they can."""
+    if type(objective).run is not LocalObjective.run:
+        return "its clients do more than SGD on one loss"
+    module = model.module
+    if random_layers(module) or any(isinstance(part, Dropout) for part in module.modules()):
+        return "layers of its model draw random numbers"
+    params, buffers = _repeated(dict(module.named_parameters())), _repeated(_persistent(module))
+    like = next(iter(params.values()))
+    x = torch.zeros((2, 2, *shape), dtype=like.dtype, device=like.device)
+
+    def loss(params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+        return model(params, {name: value.clone() for name, value in buffers.items()}, x, train=True).square().mean()
+
+    try:
+        torch.func.vmap(torch.func.grad(loss))(params, buffers, x)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"its model cannot be batched over clients ({str(error).splitlines()[0]})"
+    return None
+
+
+def train_together(train: LocalTrainer, sites: Sequence[Site]) -> list[Turn]:
+    """Run the local round of several clients of one architecture; turns are in the order of ``sites``.
+
+    Raises
+    ------
+    RunError
+        If a client's training turns non-finite; it names the round, the client and the step.
+    """
+    jobs = [Job.of(train, site) for site in sites]
+    groups: dict[object, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[job.signature()].append(job)
+    for group in groups.values():
+        Batch(train, group).train()
+    return [job.turn(train.objective) for job in jobs]
+
+
+@dataclass
+class Job:
+    """One client's part of a batch: what it starts from, its batches to come, and what it has noted."""
+
+    site: Site
+    extras: State
+    draws: Tensors
+    start: Weights
+    order: list[Tensor]
+    weight_decay: float
+    augmentation: torch.Generator | None
+    trained: Trained | None = None
+
+    @staticmethod
+    def of(train: LocalTrainer, site: Site) -> Job:
+        """Prepare a client's round."""
+        objective = train.objective
+        device = site.own.y.device
+        draws = objective.draws(site.received, site.task, site.stream("objective"))
+        return Job(
+            site,
+            objective.prepare(site.received, site.state, site.task),
+            {name: value.to(device) for name, value in draws.items()},
+            objective.own_model(site.received, site.state, site.initial),
+            list(site.order()),
+            site.local.weight_decay + objective.extra_weight_decay(site.received, site.task),
+            None if site.augmentation == "none" else site.stream("augmentation"),
+        )
+
+    def signature(self) -> object:
+        """Return what clients must share to be stacked: names and shapes of all their tensors, but for the steps."""
+        extras = {(group, name, value.shape) for group, own in self.extras.items() for name, value in own.items()}
+        draws = {(name, value.shape[1:]) for name, value in self.draws.items()}
+        return frozenset(extras), frozenset(draws)
+
+    def turn(self, objective: LocalObjective) -> Turn:
+        """Finish the client's round."""
+        site, trained = self.site, self.trained
+        assert trained is not None
+        check_finite(trained, site.task)
+        payload, state = objective.finish(site.received, site.state, trained, site.task)
+        return Turn(payload, state, trained.steps, trained.loss)
+
+
+@dataclass
+class Batch:
+    """Clients that are stacked: their parameters as they stand, and where each is in its batches."""
+
+    train_with: LocalTrainer
+    jobs: Sequence[Job]
+    losses: list[list[Tensor]] = field(default_factory=list)
+    norms: list[list[Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        jobs, local = self.jobs, self.train_with.local
+        self.params = _stacked([job.start.params for job in jobs], own=True)
+        self.buffers = _stacked([job.start.buffers for job in jobs], own=True)
+        groups = jobs[0].extras
+        self.extras = {group: _stacked([job.extras[group] for job in jobs]) for group in groups}
+        self.decay = self._column([job.weight_decay for job in jobs])
+        self.velocity = {name: torch.zeros_like(value) for name, value in self.params.items()} if local.momentum else {}
+        self.done = [0] * len(jobs)
+        self.sums: list[Tensors] = [{} for _ in jobs]
+        self.losses, self.norms = [[] for _ in jobs], [[] for _ in jobs]
+        self.step = _step_of(self.train_with.objective, jobs[0].site.model)
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        like = next(iter(self.params.values()))
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+    def train(self) -> None:
+        """Take all steps of all clients, and give each its result."""
+        while members := self.next_members():
+            self.jobs[0].site.check_stop()
+            self.tick(members)
+        for place, job in enumerate(self.jobs):
+            weights = Weights(_row(self.params, place), _row(self.buffers, place))
+            like = job.start.params[next(iter(job.start.params))]
+            losses = torch.stack(self.losses[place]) if self.losses[place] else like.new_zeros(0)
+            norms = torch.stack(self.norms[place]) if self.norms[place] else None
+            labels = job.site.own.y[torch.cat(job.order)] if job.order else job.site.own.y[:0]
+            job.trained = Trained(weights, len(job.order), losses, norms, labels, self.sums[place])
+
+    def next_members(self) -> list[int]:
+        """Return the clients that step next: the most that have the same size of batch before them."""
+        waiting: dict[int, list[int]] = defaultdict(list)
+        for place, job in enumerate(self.jobs):
+            if self.done[place] < len(job.order):
+                waiting[len(job.order[self.done[place]])].append(place)
+        return max(waiting.items(), key=lambda item: (len(item[1]), item[0]))[1] if waiting else []
+
+    def tick(self, members: list[int]) -> None:
+        """Let some clients take a step each."""
+        everyone = len(members) == len(self.jobs)
+        at = torch.tensor(members, device=self.decay.device)
+
+        def chosen(stack: Stack) -> Stack:
+            return stack if everyone else {name: value[at] for name, value in stack.items()}
+
+        x, y = self.samples(members)
+        params, extras = chosen(self.params), {group: chosen(own) for group, own in self.extras.items()}
+        if draws := self.draws(members):
+            extras["draws"] = draws
+        grads, (loss, noted, buffers) = self.step(params, chosen(self.buffers), x, y, extras)
+        self.update(params, grads, extras, members, at, everyone)
+        self.put(self.buffers, buffers, at, everyone)
+        for row, place in enumerate(members):
+            self.losses[place].append(loss[row])
+            own = self.sums[place]
+            self.sums[place] = {n: own[n] + v[row] if n in own else v[row] for n, v in noted.items()}
+            self.done[place] += 1
+
+    def samples(self, members: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the next batches (clients, B, ...) and their labels (clients, B)."""
+        train = self.train_with
+        own = [self.jobs[place] for place in members]
+        batches = [job.order[self.done[place]] for job, place in zip(own, members, strict=True)]
+        if own[0].augmentation is None:
+            shares = [
+                train.shares[job.site.task.client].to(batch.device) for job, batch in zip(own, batches, strict=True)
+            ]
+            at = torch.stack([share[batch] for share, batch in zip(shares, batches, strict=True)])
+            return train.samples.x[at], train.samples.y[at]
+        x = [
+            augment(job.site.own.x[batch], job.site.augmentation, cast(torch.Generator, job.augmentation))
+            for job, batch in zip(own, batches, strict=True)
+        ]
+        y = [job.site.own.y[batch] for job, batch in zip(own, batches, strict=True)]
+        return torch.stack(x), torch.stack(y)
+
+    def draws(self, members: list[int]) -> Stack:
+        """Return the rows of the clients' random numbers that belong to their next steps."""
+        names = self.jobs[members[0]].draws
+        return {
+            name: torch.stack([self.jobs[place].draws[name][self.done[place]] for place in members]) for name in names
+        }
+
+    @torch.no_grad()
+    def update(
+        self, params: Stack, grads: Stack, extras: State, members: list[int], at: Tensor, everyone: bool
+    ) -> None:
+        """Correct, clip, decay and step, each client for itself, in the order of the serial loop."""
+        local, names = self.train_with.local, list(params)
+        corrected = self.train_with.objective.adjust([grads[name] for name in names], params, extras)
+        if local.clip_norm is not None:
+            norms = torch.stack([grad.flatten(1).square().sum(1) for grad in corrected]).sum(0).sqrt()
+            factor = torch.clamp(local.clip_norm / (norms + CLIP_EPSILON), max=1.0)
+            corrected = [grad * _over(factor, grad) for grad in corrected]
+            for row, place in enumerate(members):
+                self.norms[place].append(norms[row])
+        decay, lr = self.decay[at], self.jobs[0].site.task.lr
+        moved: Stack = {}
+        for name, grad in zip(names, corrected, strict=True):
+            grad = grad + _over(decay, grad) * params[name]
+            if local.momentum:
+                before = self.velocity[name] if everyone else self.velocity[name][at]
+                grad = local.momentum * before + grad
+                self.velocity[name][at] = grad
+            moved[name] = params[name] - lr * grad
+        self.put(self.params, moved, at, everyone)
+
+    def put(self, stack: Stack, rows: Stack, at: Tensor, everyone: bool) -> None:
+        """Write the members' rows into the stack."""
+        for name, value in rows.items():
+            if everyone:
+                stack[name] = value
+            else:
+                stack[name][at] = value
+
+
+def _step_of(objective: LocalObjective, model: Stateless) -> Any:
+    """Return the batched gradient step: (params, buffers, x, y, extras) -> grads, (loss, noted, new buffers)."""
+
+    def one(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, extras: State) -> tuple[Tensors, Any]:
+        def loss(params: Tensors) -> tuple[Tensor, Any]:
+            own = {name: value.clone() for name, value in buffers.items()}
+            value, noted = objective.loss_and_sums(model, params, own, x, y, extras)
+            return value, (value.detach(), noted, own)
+
+        grads, aux = torch.func.grad(loss, has_aux=True)(params)
+        return grads, aux
+
+    return torch.func.vmap(one)
+
+
+def _stacked(models: Sequence[Tensors], own: bool = False) -> Stack:
+    """Stack tensors by name; one that all clients share is not copied, unless each needs its own."""
+    found: Stack = {}
+    for name, first in models[0].items():
+        values = [model[name] for model in models]
+        shared = all(value is first for value in values) and not own
+        found[name] = first.expand(len(values), *first.shape) if shared else torch.stack(values).detach()
+    return found
+
+
+def _row(stack: Stack, place: int) -> Tensors:
+    return {name: value[place].clone() for name, value in stack.items()}
+
+
+def _over(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value per client in a shape that multiplies a stacked tensor."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _repeated(tensors: Tensors) -> Stack:
+    return {name: torch.stack([value.detach(), value.detach()]) for name, value in tensors.items()}
+
+
+def _persistent(module: torch.nn.Module) -> Tensors:
+    kept = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in kept}
