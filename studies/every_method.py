@@ -6,7 +6,7 @@ from pathlib import Path
 
 from study import Setting, Study, main
 
-DF_STEPS = ["feddf.steps=500", "feddf.validate_every=50", "feddf.patience=200"]
+DF_STEPS = ["feddf.steps=200", "feddf.validate_every=25", "feddf.patience=100"]
 FASHION: dict[str, list[str]] = {
     "FedDyn": ["method=feddyn", 'eval.models=["sel","all"]'],
     "MOON": ["method=moon"],

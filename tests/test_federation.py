@@ -55,7 +55,7 @@ def test_auto_is_made_definite_before_round_0() -> None:
     federation, _ = build(small("execution.executor=auto", "execution.device=auto"))
     execution = federation.config.execution
     assert execution.device in ("cpu", "cuda")
-    assert execution.executor == ("threads" if execution.device == "cpu" else "serial")
+    assert execution.executor == ("threads" if execution.device == "cpu" else "vectorized")
     assert execution.workers is not None
     federation.executor.close()
 
