@@ -24,13 +24,16 @@ MNIST: dict[str, list[str]] = {
     "FedGen, code": ["method=fedgen", "fedgen.mode=code"],
     "FedGen, corrected": ["method=fedgen", "fedgen.mode=corrected"],
     "FedGen, paper": ["method=fedgen", "fedgen.mode=paper"],
+    "FedGen, code, buffers averaged": ["method=fedgen", "fedgen.mode=code", "fedgen.buffers=averaged"],
+    "FedAvg with personal BatchNorm (FedGen's code, alpha = beta = 0)": [
+        "method=fedgen",
+        "fedgen.mode=code",
+        "fedgen.alpha=0.0",
+        "fedgen.beta=0.0",
+    ],
     "FedDistill+": ["method=feddistill", "feddistill.share=weights"],
     "FedDistill": ["method=feddistill", "feddistill.share=logits"],
 }
-DIFFERENT = [
-    'model=[{name="cnn",width=8},{name="moon-cnn"},{name="mlp"}]',
-    "data.beta=0.3",
-]
 ARCHITECTURES: dict[str, list[str]] = {
     "alone": ["method=alone"],
     "averaged within each architecture": ["method=fedavg"],
@@ -47,7 +50,7 @@ ARCHITECTURES: dict[str, list[str]] = {
 }  # fmt: skip
 STUDY = Study(
     {
-        "fashion, three architectures": Setting("fashion-few-rounds", DIFFERENT, ARCHITECTURES),
+        "fashion, three architectures": Setting("fashion-three-models", [], ARCHITECTURES),
         "fedgen-mnist": Setting("fedgen-mnist", ["train.rounds=30", "eval.every=1"], MNIST),
         "fashion, few rounds": Setting("fashion-few-rounds", ["model.width=8"], FASHION),
     },
