@@ -85,6 +85,8 @@ def test_every_objective_agrees_with_serial(method: str) -> None:
         ["local.steps=5"],
         ["execution.clients_at_once=2"],
         ["execution.clients_at_once=1"],
+        ["execution.workers=2"],
+        ["execution.workers=3", "execution.clients_at_once=1"],
         ["method=scaffold", "scaffold.mode=code"],
         ["model.name=cnn", "model.width=4", "method=moon", "data.augment=flip-crop"],
     ],

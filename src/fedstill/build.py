@@ -365,9 +365,12 @@ def evaluation_of(config: Config, data: Data, own: list[Samples], device: torch.
 def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Executor:
     """Return the executor of a resolved configuration."""
     execution = config.execution
+    workers = min(execution.workers or 1, clients)
     if execution.executor == "threads":
-        workers = min(execution.workers or 1, clients)
         return ThreadExecutor(models, workers, execution.intra_op_threads)
+    serial = SerialExecutor(models, execution.intra_op_threads)
     if execution.executor == "vectorized":
-        return VectorizedExecutor(models, execution.clients_at_once, execution.intra_op_threads)
-    return SerialExecutor(models, execution.intra_op_threads)
+        several = workers > 1 and execution.device == "cpu"
+        inner = ThreadExecutor(models, workers, execution.intra_op_threads) if several else serial
+        return VectorizedExecutor(inner, workers if several else 1, execution.clients_at_once)
+    return serial

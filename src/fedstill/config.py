@@ -186,7 +186,7 @@ class ExecutionSettings(Settings):
     """serial; threads (the same bits); vectorized: the cohort as one batched model (serial's numbers up to rounding);
     auto: threads on a CPU, vectorized on a GPU."""
     workers: int | None = Field(None, ge=1)
-    """Clients trained at a time by `threads`; by default one per core."""
+    """Clients trained at a time by `threads`, batches of them by `vectorized` on a CPU; by default one per core."""
     clients_at_once: int | None = Field(None, ge=1)
     """Clients batched with each other by `vectorized`, which bounds its memory; by default the whole cohort."""
     intra_op_threads: int = Field(1, ge=1)

@@ -7,10 +7,12 @@ client's own, so that the results are those of one client after another up to ro
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from fedstill.client import ClientResult, ClientWork, LocalTrainer, Site, check_finite
 from fedstill.data.augment import augment
-from fedstill.execution.executors import Models, intra_op_threads
+from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
 from fedstill.methods.base import LocalObjective, Turn
 from fedstill.models.layers import Dropout
 from fedstill.models.randomness import random_layers
@@ -30,43 +32,51 @@ Stack = dict[str, Tensor]
 """Tensors by name with a leading dimension of clients."""
 
 
+@dataclass
 class VectorizedExecutor:
     """The cohort in chunks, each as one batched model.
 
     Parameters
     ----------
-    models : sequence of Stateless
-        The federation's architectures; clients of different ones are not batched with each other.
+    inner : SerialExecutor or ThreadExecutor
+        Runs the chunks: one after another, or several at a time.
+    workers : int
+        How many chunks an architecture's clients make at least, one for each worker.
     at_once : int or None
-        Largest number of clients in a chunk, which bounds the memory; None for the whole cohort.
-    threads : int
-        Threads inside an operation.
+        Largest number of clients in a chunk, which bounds the memory; None for no bound.
     """
 
-    def __init__(self, models: Models, at_once: int | None = None, threads: int = 1) -> None:
-        self.models = models
-        self.at_once = at_once
-        self.threads = threads
+    inner: SerialExecutor | ThreadExecutor
+    workers: int = 1
+    at_once: int | None = None
 
     def run(self, train: LocalTrainer, works: Sequence[ClientWork]) -> Iterator[ClientResult]:
         """Yield the results chunk by chunk."""
-        for chunk in self.chunks(works):
-            began = time.perf_counter()
-            with intra_op_threads(self.threads):
-                turns = train_together(train, [train.site(self.models, work) for work in chunk])
-            seconds = (time.perf_counter() - began) / len(chunk)
-            for work, turn in zip(chunk, turns, strict=True):
-                yield train.result(work, turn, seconds)
 
-    def chunks(self, works: Sequence[ClientWork]) -> Iterator[Sequence[ClientWork]]:
-        """Yield works of one architecture, at most ``at_once`` of them."""
-        for place in range(len(self.models)):
-            own = [work for work in works if work.architecture == place]
-            size = self.at_once or max(len(own), 1)
-            yield from (own[first : first + size] for first in range(0, len(own), size))
+        def train_chunk(models: Models, chunk: Sequence[ClientWork]) -> list[ClientResult]:
+            began = time.perf_counter()
+            turns = train_together(train, [train.site(models, work) for work in chunk])
+            seconds = (time.perf_counter() - began) / len(chunk)
+            return [train.result(work, turn, seconds) for work, turn in zip(chunk, turns, strict=True)]
+
+        for results in self.inner.run(train_chunk, self.chunks(works)):
+            yield from results
+
+    def chunks(self, works: Sequence[ClientWork]) -> list[Sequence[ClientWork]]:
+        """Return the works in parts of one architecture, of nearly equal size."""
+        by_architecture: dict[int, list[ClientWork]] = defaultdict(list)
+        for work in works:
+            by_architecture[work.architecture].append(work)
+        parts: list[Sequence[ClientWork]] = []
+        for own in by_architecture.values():
+            count = max(self.workers, math.ceil(len(own) / (self.at_once or len(own))))
+            cuts = [round(len(own) * part / count) for part in range(count + 1)]
+            parts += [own[first:last] for first, last in pairwise(cuts) if first < last]
+        return parts
 
     def close(self) -> None:
-        """Do nothing."""
+        """End the workers."""
+        self.inner.close()
 
 
 def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...]) -> str | None:

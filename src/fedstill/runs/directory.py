@@ -176,10 +176,12 @@ def lock(path: Path) -> IO[str]:
 
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
+    same_bits = config.execution.executor != "vectorized"  # how clients are batched moves the last bits
+    free = {"executor", "workers"} if same_bits else set[str]()
     only_measured = set(EvalSettings.model_fields) - {"models"}  # "all" needs what clients have kept from the start
     computed = config.model_dump(
         mode="json",
-        exclude={"eval": only_measured, "execution": {"executor", "workers"}, "checkpoint": True, "data": {"root"}},
+        exclude={"eval": only_measured, "execution": free, "checkpoint": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device)
