@@ -258,25 +258,30 @@ class Batch:
     def update(
         self, params: Stack, grads: Stack, extras: State, members: list[int], at: Tensor, everyone: bool
     ) -> None:
-        """Correct, clip, decay and step, each client for itself, in the order of the serial loop."""
+        """Correct, clip, decay and step, each client for itself, in the order of the serial loop.
+
+        ``params`` is changed in place: the stack itself where everyone steps, else a copy of the members' rows.
+        """
         local, names = self.train_with.local, list(params)
-        corrected = self.train_with.objective.adjust([grads[name] for name in names], params, extras)
+        values = [params[name] for name in names]
+        steps = self.train_with.objective.adjust([grads[name] for name in names], params, extras)
         if local.clip_norm is not None:
-            norms = torch.stack([grad.flatten(1).square().sum(1) for grad in corrected]).sum(0).sqrt()
-            factor = torch.clamp(local.clip_norm / (norms + CLIP_EPSILON), max=1.0)
-            corrected = [grad * _over(factor, grad) for grad in corrected]
+            norms = torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in steps])
+            norm = torch.linalg.vector_norm(norms, dim=0)
+            factor = torch.clamp(local.clip_norm / (norm + CLIP_EPSILON), max=1.0)
+            steps = list(torch._foreach_mul(steps, [_over(factor, step) for step in steps]))
             for row, place in enumerate(members):
-                self.norms[place].append(norms[row])
-        decay, lr = self.decay[at], self.jobs[0].site.task.lr
-        moved: Stack = {}
-        for name, grad in zip(names, corrected, strict=True):
-            grad = grad + _over(decay, grad) * params[name]
-            if local.momentum:
-                before = self.velocity[name] if everyone else self.velocity[name][at]
-                grad = local.momentum * before + grad
-                self.velocity[name][at] = grad
-            moved[name] = params[name] - lr * grad
-        self.put(self.params, moved, at, everyone)
+                self.norms[place].append(norm[row])
+        if any(job.weight_decay for job in self.jobs):
+            decay = self.decay[at]
+            steps = list(torch._foreach_addcmul(steps, [_over(decay, value) for value in values], values))
+        if local.momentum:
+            for name, step in zip(names, steps, strict=True):
+                self.velocity[name][at] = local.momentum * self.velocity[name][at] + step
+            steps = [self.velocity[name][at] for name in names]
+        torch._foreach_add_(values, steps, alpha=-self.jobs[0].site.task.lr)
+        if not everyone:
+            self.put(self.params, params, at, everyone)
 
     def put(self, stack: Stack, rows: Stack, at: Tensor, everyone: bool) -> None:
         """Write the members' rows into the stack."""
