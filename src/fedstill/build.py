@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
 from fedstill.data.dataset import IntArray
+from fedstill.data.partition import class_counts
 from fedstill.data.public import PublicSet, load_public
 from fedstill.errors import InputError
-from fedstill.evaluation import Evaluation
+from fedstill.evaluation import Evaluation, Parts
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
 from fedstill.execution.vectorized import VectorizedExecutor, why_not
 from fedstill.federation import Architecture, Federation
@@ -69,9 +71,9 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     check_parts(config, method, architectures, data)
     config = with_fixed_steps(config, method, info)
     labels = data.splits.train.y.numpy()
-    trained_on = [np.bincount(labels[train], minlength=data.num_classes) for train, _, _ in data.parts]
+    trained_on = class_counts(labels, data.num_classes, [train for train, _, _ in data.parts])
     first = data.num_classes - len(data.private_classes)  # the public outputs, which nobody's own data have
-    shown = replace(data.partition, counts=np.stack(trained_on)[:, first:])
+    shown = replace(data.partition, counts=trained_on[:, first:])
     said = notes(shown, data.private_classes, config.local.batch_size if trains_by_sgd(method.objective) else None)
     models = [architecture.model for architecture in architectures]
     if kinds := sorted({kind for model in models for kind in random_layers(model.module)}):
@@ -89,16 +91,13 @@ def build(config: Config) -> tuple[Federation, list[str]]:
             config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
             said.append(f"{config.method} cannot be vectorized here: {found[0]}; clients are trained one after another")
     architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
+    config = with_client_states(config, architectures, device)
     train = data.splits.train.to(device)
     public = data.public.samples.to(device) if data.public else None
     trainer = LocalTrainer(
         method.objective, train, shares, config.local, data.num_classes, config.seed.train,
         [one.initial for one in architectures], config.data.augment, public,
     )  # fmt: skip
-
-    def own(rows: list[int]) -> Samples:
-        return train.take(torch.tensor(rows, dtype=torch.int64).to(device))
-
     validation = data.splits.server_validation.to(device)
     federation = Federation(
         config,
@@ -108,11 +107,11 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         architectures,
         trainer,
         executor_of(config, models, len(shares)),
-        evaluation_of(config, data, [own([*held, *test]) for _, held, test in data.parts], device),
+        evaluation_of(config, data, Parts(train, [np.concatenate(own) for _, *own in data.parts]), device),
         device,
         public,
         validation if len(validation) else None,
-        [own([*held]) for _, held, _ in data.parts],
+        Parts(train, [held for _, held, _ in data.parts]),
     )
     return federation, said
 
@@ -227,12 +226,13 @@ def clients_by_model(config: Config, total: int) -> list[list[int]]:
     """Return which clients use which ``[[model]]``: those it names; clients that nobody names take turns."""
     named = [list(model.clients or ()) for model in config.model]
     everyone = [client for members in named for client in members]
-    if twice := [client for client in everyone if everyone.count(client) > 1]:
+    taken = Counter(everyone)
+    if twice := [client for client in everyone if taken[client] > 1]:
         raise InputError(f"model.clients: client {twice[0]} stands in more than one place; a client has one model")
     if wrong := [client for client in everyone if not 0 <= client < total]:
         raise InputError(f"model.clients: there is no client {wrong[0]}, they are 0 to {total - 1}")
     open_tables = [place for place, model in enumerate(config.model) if model.clients is None]
-    left = [client for client in range(total) if client not in set(everyone)]
+    left = [client for client in range(total) if client not in taken]
     if left and not open_tables:
         raise InputError(f"model.clients: client {left[0]} has no model; name it, or leave one table without clients")
     for turn, client in enumerate(left):
@@ -317,6 +317,40 @@ def with_fixed_steps(config: Config, method: Method, info: FederationInfo) -> Co
     return config.model_copy(update={"local": config.local.model_copy(update={"steps": steps})})
 
 
+MEMORY_PART = 10
+"""Above this part of the device's memory, a tenth, ``execution.client_states = "auto"`` means disk."""
+
+
+def with_client_states(config: Config, architectures: Sequence[Architecture], device: torch.device) -> Config:
+    """Return the configuration with the place where absent clients' states wait.
+
+    What a client keeps is known only once it has kept it. It is taken to be one model, and one more where its last
+    upload is kept too; of the methods here FedMD keeps most, its model and two Adams, which still goes into a half.
+    """
+    execution = config.execution
+    if execution.client_states != "auto":
+        return config
+    copies = 2 if "all" in config.eval.models else 1
+    expected = copies * sum(one.info.size * bytes_of(one.initial) for one in architectures)
+    chosen = "disk" if expected * MEMORY_PART > memory_of(device) else "memory"
+    return config.model_copy(update={"execution": execution.model_copy(update={"client_states": chosen})})
+
+
+def bytes_of(weights: Weights) -> int:
+    """Return the size of a model."""
+    return sum(value.nbytes for value in (*weights.params.values(), *weights.buffers.values()))
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has; 8 GiB where it does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 8 * 2**30
+
+
 def trains_by_sgd(objective: LocalObjective) -> bool:
     """Say whether an objective's clients run the common SGD loop, whose settings are ``[local]``."""
     return type(objective).run is LocalObjective.run
@@ -340,7 +374,7 @@ def check_batches(config: Config, model: Stateless, info: FederationInfo) -> Non
         )
 
 
-def evaluation_of(config: Config, data: Data, own: list[Samples], device: torch.device) -> Evaluation:
+def evaluation_of(config: Config, data: Data, own: Parts, device: torch.device) -> Evaluation:
     """Return what models are measured on."""
     wanted = config.eval.on
     sets: dict[str, Samples] = {}
@@ -350,14 +384,14 @@ def evaluation_of(config: Config, data: Data, own: list[Samples], device: torch.
         if not len(data.splits.server_validation):
             raise InputError("eval.on has 'validation', but data.server_validation is 0")
         sets["validation"] = data.splits.server_validation.to(device)
-    if "clients" in wanted and not any(len(part) for part in own):
+    if "clients" in wanted and not any(len(rows) for rows in own.rows):
         raise InputError("eval.on has 'clients', but data.client_validation and data.client_test are 0")
     measured = sets.get("test", sets.get("validation"))
     if measured is not None and len(measured) > config.eval.ensemble_samples:
         stream = numpy_stream(config.seed.data, "ensemble-samples")
         chosen = stream.choice(len(measured), config.eval.ensemble_samples, replace=False)
         measured = measured.take(torch.from_numpy(chosen).to(device))
-    counts = data.partition.counts.tolist()
+    counts = torch.from_numpy(data.partition.counts)
     held = own if "clients" in wanted else None
     return Evaluation(sets, held, measured, data.num_classes, config.eval.batch_size, counts)
 

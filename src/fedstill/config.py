@@ -195,6 +195,9 @@ class ExecutionSettings(Settings):
     """The same while the server refines and evaluates."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    client_states: Literal["auto", "memory", "disk"] = "auto"
+    """Where the states of absent clients wait: memory, or disk (the run directory, or a temporary one); auto: disk once
+    a model for every client would take more than a tenth of the device's memory. Does not change results."""
 
 
 class CheckpointSettings(Settings):

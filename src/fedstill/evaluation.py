@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedstill.data.dataset import Samples
+from fedstill.data.dataset import IntArray, Samples
 from fedstill.distill.teachers import Teachers, ensemble_accuracy
 from fedstill.distill.weighting import TeacherWeights
 from fedstill.models.stateless import Stateless
 from fedstill.weights import Weights
 
 Record = dict[str, Any]
+
+LISTED_CLIENTS = 200
+"""Up to how many clients a record has a value for each; of more it has the mean and the worst tenth's."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,75 @@ def evaluate(model: Stateless, weights: Weights, samples: Samples, num_classes: 
     return Score(right.cpu(), seen.cpu(), float(loss) / max(len(samples), 1))
 
 
-def by_label_mix(score: Score, counts: Sequence[Sequence[int]]) -> list[float | None]:
+class Parts(Sequence[Samples]):
+    """Each client's own part of some samples, taken when it is asked for.
+
+    Parameters
+    ----------
+    samples : Samples
+    rows : sequence of int64 array
+        By client, the positions of its part.
+    """
+
+    def __init__(self, samples: Samples, rows: Sequence[IntArray]) -> None:
+        self.samples = samples
+        self.rows = rows
+
+    @overload
+    def __getitem__(self, client: int) -> Samples: ...
+    @overload
+    def __getitem__(self, client: slice) -> Parts: ...
+    def __getitem__(self, client: int | slice) -> Samples | Parts:
+        if isinstance(client, slice):
+            return Parts(self.samples, self.rows[client])
+        return self.samples.take(self.rows[client])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def everyone(self) -> tuple[Tensor, Tensor]:
+        """All parts one after another, on the samples' device: positions, and whose each is (n,)."""
+        rows = torch.from_numpy(np.concatenate(self.rows).astype(np.int64))
+        owners = torch.repeat_interleave(torch.tensor([len(own) for own in self.rows]))
+        return rows.to(self.samples.y.device), owners.to(self.samples.y.device)
+
+    @torch.no_grad()
+    def right(self, model: Stateless, weights: Weights, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return a model's right answers and the samples, by client; in full batches, whoever's the samples are."""
+        rows, owners = self.everyone
+        hits = [
+            model(weights.params, weights.buffers, self.samples.x[at], train=False).argmax(-1) == self.samples.y[at]
+            for at in torch.split(rows, batch_size)
+        ]
+        right = torch.bincount(owners[torch.cat(hits)], minlength=len(self))
+        return right.cpu(), torch.bincount(owners, minlength=len(self)).cpu()
+
+
+def by_label_mix(score: Score, counts: Tensor | Sequence[Sequence[int]]) -> list[float | None] | Record:
     """Return the accuracy each client would see on test samples mixed like its own labels.
 
     The mean of the accuracies by class, weighted by the client's class counts (clients, classes). None where
-    a client's classes have no test sample.
+    a client's classes have no test sample. For many clients a summary, see :func:`each_or_summary`.
     """
     by_class = [accuracy if accuracy is not None else float("nan") for accuracy in score.per_class]
     found = torch.tensor(by_class, dtype=torch.float64)
     known = ~torch.isnan(found)
-    weights = torch.tensor(counts, dtype=torch.float64) * known
-    mixed = (weights * torch.nan_to_num(found)).sum(1) / weights.sum(1)
-    return [None if value != value else value for value in mixed.tolist()]
+    weights = torch.as_tensor(counts, dtype=torch.float64) * known
+    return each_or_summary((weights * torch.nan_to_num(found)).sum(1) / weights.sum(1))
+
+
+def each_or_summary(values: Tensor) -> list[float | None] | Record:
+    """Return every client's value, None for NaN; of more than ``LISTED_CLIENTS`` the mean, and that of the worst tenth.
+
+    A metrics file would otherwise grow with the federation in every line.
+    """
+    if len(values) <= LISTED_CLIENTS:
+        return [None if value != value else value for value in values.tolist()]
+    known = values[~torch.isnan(values)].sort().values
+    if not len(known):
+        return {"mean": None, "worst_decile": None}
+    return {"mean": float(known.mean()), "worst_decile": float(known[: -(-len(known) // 10)].mean())}
 
 
 @dataclass(frozen=True)
@@ -78,21 +140,21 @@ class Evaluation:
     ----------
     sets : dict
         Name -> samples: ``test``, ``validation``.
-    clients : list of Samples or None
+    clients : Parts or None
         Each client's own held-out part.
     ensembles : Samples or None
         Those on which ensembles are measured.
     num_classes, batch_size : int
-    label_counts : sequence
-        n_k^y of each client, (clients, classes), for the accuracy on the client's own mix of labels.
+    label_counts : Tensor, (clients, classes)
+        n_k^y of each client, for the accuracy on the client's own mix of labels.
     """
 
     sets: dict[str, Samples]
-    clients: list[Samples] | None
+    clients: Parts | None
     ensembles: Samples | None
     num_classes: int
     batch_size: int
-    label_counts: Sequence[Sequence[int]]
+    label_counts: Tensor
 
     def score(self, model: Stateless, weights: Weights, samples: Samples) -> Score:
         """Measure one model on some samples."""
@@ -107,22 +169,30 @@ class Evaluation:
             if name == "test":
                 record["by_client_label_mix"] = by_label_mix(score, self.label_counts)
         if self.clients is not None:
-            record["clients"] = by_client([self.score(model, weights, part) for part in self.clients])
+            record["clients"] = by_client(*self.clients.right(model, weights, self.batch_size))
         return record
 
-    def personal(self, models: Sequence[tuple[Stateless, Weights]]) -> Record:
+    def personal(self, models: Iterable[tuple[Stateless, Weights]]) -> Record:
         """Return the scores of every client's own model, on every set: the mean over clients, and each client's."""
+        scores: dict[str, list[tuple[float, float]]] = {name: [] for name in self.sets}
+        own: list[Score] = []
+        for client, (model, weights) in enumerate(models):  # one at a time: they may lie on a disk
+            for name, samples in self.sets.items():
+                score = self.score(model, weights, samples)
+                scores[name].append((score.accuracy, score.loss))
+            if self.clients is not None:
+                own.append(self.score(model, weights, self.clients[client]))
         record: Record = {}
-        for name, samples in self.sets.items():
-            scores = [self.score(model, weights, samples) for model, weights in models]
+        for name, found in scores.items():
+            accuracies = [accuracy for accuracy, _ in found]
             record[name] = {
-                "accuracy": sum(score.accuracy for score in scores) / len(scores),
-                "loss": sum(score.loss for score in scores) / len(scores),
-                "per_client": [score.accuracy for score in scores],
+                "accuracy": sum(accuracies) / len(found),
+                "loss": sum(loss for _, loss in found) / len(found),
+                "per_client": each_or_summary(torch.tensor(accuracies, dtype=torch.float64)),
             }
         if self.clients is not None:
-            pairs = zip(models, self.clients, strict=True)
-            record["clients"] = by_client([self.score(model, weights, part) for (model, weights), part in pairs])
+            counted = torch.tensor([[int(score.right.sum()), int(score.seen.sum())] for score in own])
+            record["clients"] = by_client(counted[:, 0], counted[:, 1])
         return record
 
     def ensemble_accuracies(self, teachers: Teachers) -> Record:
@@ -139,12 +209,11 @@ class Evaluation:
         return {name: ensemble_accuracy(teachers, x, y, kind, self.batch_size) for name, kind in kinds.items()}
 
 
-def by_client(scores: Sequence[Score]) -> Record:
+def by_client(right: Tensor, seen: Tensor) -> Record:
     """Return the accuracy over all clients' own samples, and each client's (None for one without samples)."""
-    right, seen = sum(int(s.right.sum()) for s in scores), sum(int(s.seen.sum()) for s in scores)
     return {
-        "accuracy": right / max(seen, 1),
-        "per_client": [score.accuracy if int(score.seen.sum()) else None for score in scores],
+        "accuracy": int(right.sum()) / max(int(seen.sum()), 1),
+        "per_client": each_or_summary(right.double() / seen.double()),
     }
 
 

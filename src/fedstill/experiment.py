@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from fedstill.build import build
@@ -16,6 +17,7 @@ from fedstill.execution.allocator import keep_freed_memory
 from fedstill.federation import Federation, FederationState
 from fedstill.presets import DEFAULT, preset
 from fedstill.runs.directory import RunDirectory
+from fedstill.runs.store import ClientFiles
 from fedstill.weights import Weights
 
 
@@ -154,17 +156,23 @@ def _go_on(
     if files:
         for line in notes:
             files.log(line)
+    leave = ExitStack()
     try:
+        on_disk = _client_files(federation, files, leave)
         while state.round < config.train.rounds:
             following, record = federation.run_round(state)
             if files:
                 files.record(record)
             # Only now: a round that is stopped before its line is whole is done again by a resume.
             state = following
+            del following  # it holds what the cohort keeps
             records.append(record)
+            if on_disk:
+                state = replace(state, clients=on_disk.put(state.clients, state.round, let_go=True))
             if files and (state.round % config.checkpoint.every == 0 or state.round == config.train.rounds):
-                files.store.save(state)
-                saved = state
+                state = saved = files.store.save(state)
+            elif on_disk and not files:
+                on_disk.remove(rounds=())
             observer.round_done(record)
     except (KeyboardInterrupt, FedstillError) as error:
         if files:
@@ -172,9 +180,19 @@ def _go_on(
         raise
     finally:
         federation.executor.close()
+        leave.close()
     if files:
         files.log("finished")
     return Result(config, records, state.server.weights, federation, files.path if files else None)
+
+
+def _client_files(federation: Federation, files: RunDirectory | None, leave: ExitStack) -> ClientFiles | None:
+    """Return where each round's client states go, in a temporary directory where there is no other; None for memory."""
+    if federation.config.execution.client_states != "disk":
+        return None
+    if files:
+        return files.store.files
+    return ClientFiles(Path(leave.enter_context(TemporaryDirectory(prefix="fedstill-"))), federation.device)
 
 
 def _leave_resumable(files: RunDirectory, state: FederationState, saved: FederationState, error: BaseException) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedstill.client import ClientResult, ClientWork, LocalTrainer
+from fedstill.client_states import ClientStates
 from fedstill.config import Config
 from fedstill.data.dataset import Samples
 from fedstill.data.partition import Partition
@@ -56,7 +58,7 @@ class FederationState:
 
     round: int
     models: tuple[GlobalModel, ...]
-    clients: dict[int, State] = field(default_factory=dict)
+    clients: Mapping[int, State] = field(default_factory=ClientStates)
     label_counts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -142,8 +144,9 @@ class Federation:
         with clock("refine"):
             teachers = self.teachers(uploads)
             refined, measured = self.refine(state.round, fused, uploads, teachers, sent)
-        clients = {**state.clients, **self.kept(results)}
-        following = FederationState(state.round + 1, refined, clients, {**state.label_counts, **counts})
+        clients = ClientStates.of(state.clients) | self.kept(results)
+        known = {**state.label_counts, **counts} if counts else state.label_counts
+        following = FederationState(state.round + 1, refined, clients, known)
         record: Record = {"round": state.round + 1, "cohort": cohort}
         with clock("evaluate"), intra_op_threads(self.config.execution.server_threads):
             record |= self.evaluate(state.round, fused, following, uploads, teachers)
@@ -158,9 +161,9 @@ class Federation:
             size = max(1, round_half_up(part * total))
             return sorted(int(client) for client in stream.choice(total, size, replace=False))
         while True:
-            cohort = [client for client in range(total) if stream.random() < part]
-            if cohort:
-                return cohort
+            cohort = np.flatnonzero(stream.random(total) < part)
+            if len(cohort):
+                return [int(client) for client in cohort]
 
     def work(self, state: FederationState, client: int) -> ClientWork:
         """Return what one client gets; it is asked for its label counts once."""
@@ -188,22 +191,29 @@ class Federation:
     def receive(
         self, state: FederationState, results: Sequence[ClientResult]
     ) -> tuple[list[Upload], dict[int, Tensor]]:
-        """Check the uploads; nothing malformed or non-finite goes further."""
-        known = dict(state.label_counts)
+        """Check the uploads; nothing malformed or non-finite goes further.
+
+        Returns
+        -------
+        uploads, counts
+            The uploads, and the label counts that were not known before.
+        """
+        new: dict[int, Tensor] = {}
         uploads = []
         likes = [self.method.fusion.upload_like(model.server) for model in state.models]
         counts = {"counts": torch.zeros(self.info.num_classes, dtype=torch.int32)}
         for result in results:
             samples, like = self.info.samples[result.client], likes[self.group_of(result.client)]
-            asked = self.method.needs_label_counts and result.client not in known
+            asked = self.method.needs_label_counts and result.client not in state.label_counts
             problem = problem_with(result.payload, like.also(Kind.LABEL_COUNTS, counts) if asked else like)
             if not problem and asked:
-                known[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
-                problem = problem_with_counts(known[result.client], samples)
+                new[result.client] = result.payload[Kind.LABEL_COUNTS]["counts"].long()
+                problem = problem_with_counts(new[result.client], samples)
             if problem:
                 raise RunError(f"round {state.round + 1}, client {result.client}: refused its upload: {problem}")
-            uploads.append(Upload(result.client, result.payload, samples, result.steps, known.get(result.client)))
-        return uploads, known
+            known = new.get(result.client, state.label_counts.get(result.client))
+            uploads.append(Upload(result.client, result.payload, samples, result.steps, known))
+        return uploads, new
 
     def fuse(self, state: FederationState, uploads: Sequence[Upload]) -> tuple[GlobalModel, ...]:
         """Make each group's next server state; a group without anyone in the cohort keeps its own."""
@@ -350,7 +360,8 @@ class Federation:
         record: Record = {}
         if self.due(round, self.config.eval.every):
             if self.method.objective.personal:
-                record["fused"] = self.evaluation.personal(self.own_models(following))
+                everyone = range(len(self.info.samples))
+                record["fused"] = self.evaluation.personal(self.own_model(following, client) for client in everyone)
             else:
                 record["fused"] = self.scores([model.server.weights for model in fused])
                 if self.method.refinements:
@@ -366,12 +377,13 @@ class Federation:
 
     def own_models(self, state: FederationState) -> list[tuple[Stateless, Weights]]:
         """Return every client's own model as it stands after a round."""
-        models = []
-        for client in range(len(self.info.samples)):
-            architecture = self.architectures[self.architecture_of[client]]
-            own, sent = state.clients.get(client, {}), self.broadcast(state, client)
-            models.append((architecture.model, self.method.objective.own_model(sent, own, architecture.initial)))
-        return models
+        return [self.own_model(state, client) for client in range(len(self.info.samples))]
+
+    def own_model(self, state: FederationState, client: int) -> tuple[Stateless, Weights]:
+        """Return one client's own model as it stands after a round."""
+        architecture = self.architectures[self.architecture_of[client]]
+        own, sent = state.clients.get(client, {}), self.broadcast(state, client)
+        return architecture.model, self.method.objective.own_model(sent, own, architecture.initial)
 
     def averages(self, state: FederationState, uploads: Sequence[Upload] | None) -> list[Weights]:
         """Return, by architecture, the mean of the cohort's uploads, or of what every client uploaded last.
@@ -380,12 +392,17 @@ class Federation:
         """
         means = []
         for architecture in self.architectures:
-            found = {upload.client: upload.weights for upload in uploads} if uploads is not None else {}
-            members = [client for client in architecture.info.members if client in found or uploads is None]
-            models = [found.get(client) or last_upload(state, client, architecture.initial) for client in members]
+            models: Iterator[Weights]
+            if uploads is None:
+                members = architecture.info.members
+                models = (last_upload(state, client, architecture.initial) for client in members)
+            else:
+                own = [upload for upload in uploads if self.uses(upload.client, architecture)]
+                members = tuple(upload.client for upload in own)
+                models = (upload.weights for upload in own)
             by_samples = self.method.fusion.client_weights == "samples"
             shares = [float(self.info.samples[client]) if by_samples else 1.0 for client in members]
-            means.append(weighted_mean(models, shares) if models else architecture.initial)
+            means.append(weighted_mean(models, shares) if members else architecture.initial)
         return means
 
     def scores(self, models: Sequence[Weights]) -> Record:

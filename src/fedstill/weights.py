@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -49,19 +50,32 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.to(torch.float64), alpha=weight)
-    if not tensors[0].is_floating_point():
+    return _rounded(total, tensors[0])
+
+
+def _rounded(total: Tensor, like: Tensor) -> Tensor:
+    if not like.is_floating_point():
         total += 1e-9  # a mean of equal integers may come out a hair below; truncation must not lose one
-    return total.to(tensors[0].dtype)
+    return total.to(like.dtype)
 
 
-def weighted_mean(models: Sequence[Weights], weights: Sequence[float]) -> Weights:
-    """Return the average of ``models`` with ``weights`` normalised to one, parameters and buffers alike."""
-    total = float(sum(weights))
-    shares = [weight / total for weight in weights]
-    first = models[0]
+def weighted_mean(models: Iterable[Weights], weights: Sequence[float]) -> Weights:
+    """Return the average of ``models`` with ``weights`` normalised to one, parameters and buffers alike.
+
+    The sums of :func:`weighted_sum`, taken one model after another, so that models that are read from a disk need
+    not be in memory together.
+    """
+    whole = float(sum(weights))
+    others = iter(models)
+    first = next(others)
+    sums = first.map(lambda value: torch.zeros_like(value, dtype=torch.float64))
+    for model, weight in zip(chain([first], others), weights, strict=True):
+        for totals, own in ((sums.params, model.params), (sums.buffers, model.buffers)):
+            for name, total in totals.items():
+                total.add_(own[name].to(torch.float64), alpha=weight / whole)
     return Weights(
-        {name: weighted_sum([model.params[name] for model in models], shares) for name in first.params},
-        {name: weighted_sum([model.buffers[name] for model in models], shares) for name in first.buffers},
+        {name: _rounded(total, first.params[name]) for name, total in sums.params.items()},
+        {name: _rounded(total, first.buffers[name]) for name, total in sums.buffers.items()},
     )
 
 

@@ -199,6 +199,13 @@ def test_a_finished_run_has_nothing_to_resume_and_says_what_it_gave(
 # What is kept
 
 
+def listed(path: Path, manifest: Path) -> dict[int, int]:
+    """Return client -> the round of its file, as a checkpoint's index says."""
+    entry = json.loads(manifest.read_text())["clients"]
+    rows = [json.loads(line) for line in (path / entry["file"]).read_bytes()[: entry["bytes"]].splitlines()]
+    return {row["client"]: row["round"] for row in rows if "round" in row}
+
+
 def test_two_checkpoints_are_kept_and_the_clients_files_they_name(tmp_path: Path) -> None:
     path = tmp_path / "run"
     keys = ["method=scaffold", "data.clients=8", "train.participation=0.25", "train.rounds=6"]
@@ -207,12 +214,12 @@ def test_two_checkpoints_are_kept_and_the_clients_files_they_name(tmp_path: Path
     named = set()
     for manifest in (path / "checkpoints").glob("*.json"):
         content = json.loads(manifest.read_text())
-        named |= {content["server"]["file"], *(entry["file"] for entry in content["clients"].values())}
-    kept = {str(file.relative_to(path)) for file in path.rglob("*.safetensors")}
+        named |= {content["server"]["file"], content["clients"]["file"]}
+        named |= {f"clients/{client}/round-{round:05d}.safetensors" for client, round in listed(path, manifest).items()}
+    kept = {str(file.relative_to(path)) for file in path.rglob("*-*") if file.suffix in (".safetensors", ".jsonl")}
     assert kept == named
-    newest = json.loads((path / "checkpoints/round-00006.json").read_text())["clients"]
     cohort: Any = read_metrics(path)[-1]["cohort"]
-    rounds = {int(client): int(Path(entry["file"]).stem.removeprefix("round-")) for client, entry in newest.items()}
+    rounds = listed(path, path / "checkpoints/round-00006.json")
     assert {client for client, round in rounds.items() if round == 6} == set(cohort)
     assert min(rounds.values()) < 5, "a client of long ago keeps its file"
     assert not list(path.rglob("*.partial"))
@@ -326,7 +333,7 @@ def manifest_without_files(path: Path) -> str:
 def other_format(path: Path) -> str:
     file = path / "checkpoints/round-00004.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": "fedstill-checkpoint-9"}))
-    return r"round-00004\.json: format 'fedstill-checkpoint-9', expected 'fedstill-checkpoint-2'"
+    return r"round-00004\.json: format 'fedstill-checkpoint-9', expected 'fedstill-checkpoint-3'"
 
 
 def other_run(path: Path) -> str:

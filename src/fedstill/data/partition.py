@@ -138,7 +138,8 @@ def make_partition(
             f"{protocol!r} leaves {len(empty)} of {clients} clients without a sample, client {empty[0]} "
             f"among them: take another seed, fewer data.clients, or a smaller data.sigma"
         )
-    return Partition(tuple(indices), _count(request, indices), protocol, _fingerprint(indices))
+    counts = class_counts(request.labels, request.classes, indices)
+    return Partition(tuple(indices), counts, protocol, _fingerprint(indices))
 
 
 def list_protocols() -> list[tuple[str, str]]:
@@ -178,6 +179,8 @@ def client_parts(
             f"data.client_validation ({validation}) and data.client_test ({test}) must be at least 0 and less than 1 "
             f"together"
         )
+    if validation == test == 0:
+        return [(own, own[:0], own[:0]) for own in partition.indices]
     parts = []
     for client, own in enumerate(partition.indices):
         most = len(own) - 1
@@ -287,11 +290,12 @@ def _check(request: Request, protocol: str) -> None:
         raise InputError(f"the labels go beyond the {request.classes} classes from 0")
 
 
-def _count(request: Request, indices: Sequence[IntArray]) -> IntArray:
-    owner = np.repeat(np.arange(request.clients), [len(own) for own in indices])
-    cell = owner * request.classes + request.labels[np.concatenate(indices)]
-    flat = np.bincount(cell, minlength=request.clients * request.classes)
-    return flat.reshape(request.clients, request.classes).astype(np.int64)
+def class_counts(labels: IntArray, classes: int, indices: Sequence[IntArray]) -> IntArray:
+    """Return how many samples of a class each client holds, (clients, classes)."""
+    owner = np.repeat(np.arange(len(indices)), [len(own) for own in indices])
+    cell = owner * classes + labels[np.concatenate(indices)]
+    flat = np.bincount(cell, minlength=len(indices) * classes)
+    return flat.reshape(len(indices), classes).astype(np.int64)
 
 
 def _fingerprint(indices: Sequence[IntArray]) -> str:

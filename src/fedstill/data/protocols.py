@@ -16,7 +16,7 @@ from fedstill.errors import InputError
 Random = np.random.Generator | np.random.RandomState
 
 ATTEMPTS = 5_000
-"""How often the protocols with a smallest size are drawn before they are given up; some seconds."""
+"""How often the protocols with a smallest size are drawn, up to 1,000 clients, before they are given up; seconds."""
 REDRAWS = 10_000_000
 """How many draws of exhausted classes a replay may make in all; some seconds."""
 GROUP = 10
@@ -202,9 +202,14 @@ def _pass_over(orders: Iterable[IntArray], clients: int, beta: float, full: floa
     return _Pass(taken, cuts, sizes)
 
 
-def _first(draw: Callable[[], _Pass], smallest: int) -> _Pass | None:
-    """Return the first of ``ATTEMPTS`` draws that gives every client ``smallest`` samples, or None."""
-    draws = (draw() for _ in range(ATTEMPTS))
+def _attempts(clients: int) -> int:
+    """Return how many draws are tried: fewer where one takes longer."""
+    return min(ATTEMPTS, max(100, 1_000 * ATTEMPTS // clients))
+
+
+def _first(draw: Callable[[], _Pass], clients: int, smallest: int) -> _Pass | None:
+    """Return the first draw that gives every client ``smallest`` samples, or None."""
+    draws = (draw() for _ in range(_attempts(clients)))
     return next((made for made in draws if made.sizes.min() >= smallest), None)
 
 
@@ -225,10 +230,10 @@ def _with_min_size(request: Request, protocol: str, samples: int, draw: Callable
             f"data.min_size: {clients} clients cannot have {smallest} samples each of {samples}; take fewer "
             f"data.clients or a smaller data.min_size{' or a larger data.ratio' if request.ratio < 1 else ''}"
         )
-    made = _first(draw, smallest)
+    made = _first(draw, clients, smallest)
     if made is None:
         raise InputError(
-            f"data.min_size: none of {ATTEMPTS} draws of {protocol!r} gave all {clients} "
+            f"data.min_size: none of {_attempts(clients)} draws of {protocol!r} gave all {clients} "
             f"clients {smallest} samples; take a smaller data.min_size, fewer data.clients or a "
             f"larger data.beta (it is {request.beta})"
         )
@@ -279,7 +284,7 @@ def _feddf_order(request: Request, rng: Random) -> IntArray:
         clients = min(GROUP, request.clients - start)
         members = [own[request.labels[own] == label] for label in range(request.classes)]
         draw = partial(_pass_over, members, clients, request.beta, len(own) / clients, rng)
-        made = _first(draw, int(0.5 * len(own) / clients))
+        made = _first(draw, clients, int(0.5 * len(own) / clients))
         if made is None:
             raise InputError(
                 f"'feddf': none of {ATTEMPTS} draws gave each of {clients} clients of a group half their mean "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -66,7 +67,12 @@ class FederationInfo:
 
     def omega(self, client: int) -> float:
         """Return omega_k = n_k K / sum n, 1 in a balanced federation."""
-        return self.samples[client] * self.size / sum(self.samples[member] for member in self.members)
+        return self.samples[client] * self.size / self._pooled
+
+    @cached_property
+    def _pooled(self) -> int:
+        """The training samples of all members."""
+        return sum(self.samples[member] for member in self.members)
 
 
 @dataclass(frozen=True)

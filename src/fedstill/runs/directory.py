@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from fedstill.config import Config, EvalSettings, config_from, to_toml
 from fedstill.errors import InputError
@@ -177,14 +177,15 @@ def lock(path: Path) -> IO[str]:
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:
     same_bits = config.execution.executor != "vectorized"  # how clients are batched moves the last bits
-    free = {"executor", "workers"} if same_bits else set[str]()
+    free = {"client_states"} | ({"executor", "workers"} if same_bits else set())
     only_measured = set(EvalSettings.model_fields) - {"models"}  # "all" needs what clients have kept from the start
     computed = config.model_dump(
         mode="json",
         exclude={"eval": only_measured, "execution": free, "checkpoint": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
-    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device)
+    states: Literal["memory", "disk"] = "disk" if config.execution.client_states == "disk" else "memory"
+    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device, states)
 
 
 def read_metrics(path: Path) -> list[Record]:
