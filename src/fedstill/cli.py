@@ -22,6 +22,7 @@ from fedstill.errors import FedstillError, InputError
 
 if TYPE_CHECKING:
     from fedstill.experiment import Observer
+    from fedstill.profiling import Profiler
 
 app = typer.Typer(
     name="fedstill",
@@ -50,6 +51,9 @@ def run(
     preset: Preset = None,
     directory: Annotated[Path | None, typer.Option("--out", help="Directory of the run; it must not exist.")] = None,
     quiet: Annotated[bool, typer.Option(help="Print the result only.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say where a round's time goes, and trace the second round.")
+    ] = False,
 ) -> None:
     """Run an experiment; without any argument the embedded default."""
     from fedstill.experiment import run as run_experiment
@@ -57,8 +61,11 @@ def run(
     config = configuration(arguments or [], preset)
     path = directory or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}-{config.data.name}"
     with resumable(path), display(quiet) as observer:
-        result = run_experiment(config, directory=path, observer=observer)
+        profiler = profiler_of(path, observer) if profile else None
+        result = run_experiment(config, directory=path, observer=profiler or observer)
     summary(result.records, path)
+    if profiler:
+        out.print(escape("\n".join(profiler.table())))
     if not preset and all("=" in argument for argument in arguments or []):
         out.print(f"keys that were not given are those of the preset {presets.DEFAULT!r}: 'fedstill show' prints them")
 
@@ -154,6 +161,25 @@ def list_presets() -> None:
 
 
 @app.command()
+def conformance(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Methods, such as scaffold or +fedftg, and key=value to be held fixed.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A method of your own, package.module:factory.")] = None,
+    like: Annotated[str | None, typer.Option(help="The built-in method that it claims to be.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Folder of reference cases.")] = None,
+    checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
+) -> None:
+    """Check that methods do what their papers say; exit code 1 where one does not."""
+    from fedstill.conformance.report import by_command, print_checks
+
+    if checks:
+        print_checks(out)
+    elif by_command(arguments or [], method, like, references, out):
+        raise typer.Exit(1)
+
+
+@app.command()
 def show(name: Annotated[str, typer.Argument(help="A preset.")] = presets.DEFAULT) -> None:
     """Print a preset as a complete, commented TOML file."""
     sys.stdout.write(to_toml(load_config(base=presets.preset(name)), comments=True))
@@ -173,6 +199,14 @@ def configuration(arguments: list[str], preset: str | None) -> Config:
     if any(override.partition("=")[0].strip() == "model.name" for override in overrides):
         base.pop("model", None)  # a preset's width says nothing about another architecture
     return load_config(None, overrides, base)
+
+
+def profiler_of(path: Path, observer: Observer | None) -> Profiler:
+    """Return an observer that also measures where a round's time goes."""
+    from fedstill.experiment import Silent
+    from fedstill.profiling import Profiler
+
+    return Profiler(path, observer or Silent())
 
 
 @contextmanager
