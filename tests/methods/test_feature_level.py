@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import TinyCNN
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config
+from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.distill.inputs import GeneratedInputs, NoiseInputs, StreamDraws, initial_generator
 from fedstill.distill.labels import draw_labels
 from fedstill.distill.loop import Distillation, module_state
 from fedstill.distill.teachers import GroupedTeachers, StackedTeachers
 from fedstill.errors import InputError
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import Record
 from fedstill.methods.base import FederationInfo, RoundContext
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
@@ -269,8 +270,8 @@ def test_several_architectures_are_refused_before_round_0() -> None:
         build(load_config(None, FEATURE, {**SMALL, "model": models}))
 
 
-class StopAfterOne(Silent):
-    def round_done(self, record: Record) -> None:
+class StopAfterOne(Callback):
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == 1:
             raise KeyboardInterrupt
 
@@ -279,7 +280,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*FEATURE, "train.rounds=3")
     whole = run(config)
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", observer=StopAfterOne())
+        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
     resumed = resume(tmp_path / "run")
     assert same_weights(whole.weights, resumed.weights)
     assert untimed(whole.records) == untimed(resumed.records)

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import TinyCNN
 from torch import Tensor, nn
 
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config, to_toml
+from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.data.dataset import Samples
 from fedstill.distill.inputs import AugmentedInputs, RealInputs
 from fedstill.distill.teachers import GroupedTeachers, ModuleTeachers, SomeTeachers, StackedTeachers, teacher_accuracies
 from fedstill.errors import InputError
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import Record
 from fedstill.methods import feddf
 from fedstill.methods.base import FederationInfo, RoundContext
@@ -497,8 +498,8 @@ def test_architectures_teach_each_other(mode: str) -> None:
         assert not same_weights(refined.server.weights, model.server.weights)
 
 
-class StopAfterOne(Silent):
-    def round_done(self, record: Record) -> None:
+class StopAfterOne(Callback):
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == 1:
             raise KeyboardInterrupt
 
@@ -509,7 +510,7 @@ def test_a_stopped_run_ends_with_the_same_bits(mode: str, tmp_path: Path) -> Non
     config = small("method=fedavg+feddf", "train.rounds=3", "feddf.generator_steps=4", *keys)
     whole = run(config)
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", observer=StopAfterOne())
+        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
     resumed = resume(tmp_path / "run")
     assert same_weights(whole.weights, resumed.weights)
     assert untimed(whole.records) == untimed(resumed.records)

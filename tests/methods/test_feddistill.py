@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import client_turn
 from torch import Tensor, nn
 
 from fedstill.build import build
 from fedstill.config import load_config
+from fedstill.conformance.replays.sites import client_turn
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, LocalTask, RoundContext, Upload
 from fedstill.methods.fedavg import FedAvgFusion, FedAvgObjective

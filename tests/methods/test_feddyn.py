@@ -9,10 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_scaffold import Data, Run, Squares, clients, cohorts, fedavg, optimum
-from tiny import TinyCNN, client_turn
 from torch import Tensor
 
-from fedstill.experiment import Silent, resume, run
+from fedstill.callbacks import Callback, RunInfo
+from fedstill.conformance.replays.sites import client_turn
+from fedstill.conformance.replays.tiny import TinyCNN
+from fedstill.experiment import resume, run
 from fedstill.federation import LAST_PARAMS, Record
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.base import FederationInfo, LocalTask, RoundContext, Upload
@@ -243,8 +245,8 @@ def test_threads_give_the_bits_of_serial(method: str) -> None:
     assert untimed(found) == untimed(records)
 
 
-class Stop(Silent):
-    def round_done(self, record: Record) -> None:
+class Stop(Callback):
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == 2:
             raise KeyboardInterrupt
 
@@ -253,7 +255,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*FEDDYN, "train.participation=0.6", "train.rounds=4")
     whole = run(config, directory=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "stopped", observer=Stop())
+        run(config, directory=tmp_path / "stopped", callbacks=[Stop()])
     again = resume(tmp_path / "stopped")
     assert same_weights(again.weights, whole.weights)
     assert untimed(again.records) == untimed(whole.records)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import TinyCNN
 from torch import Tensor, nn
 
+from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.data.dataset import Samples
 from fedstill.distill import losses
 from fedstill.distill.inputs import NoiseInputs, RealInputs, StreamDraws, initial_generator

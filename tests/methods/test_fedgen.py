@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import over_the_wire
 from torch import Tensor, nn
 
 from fedstill.build import build
 from fedstill.config import load_config, to_toml
+from fedstill.conformance.replays.sites import over_the_wire
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, LocalTask, RoundContext, ServerState, Upload
 from fedstill.methods.fedgen import (

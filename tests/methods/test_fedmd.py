@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedstill.build import build
+from fedstill.callbacks import Callback
 from fedstill.client import ClientWork, Site
 from fedstill.config import load_config, to_toml
 from fedstill.errors import InputError
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import Federation, FederationState, Record
 from fedstill.methods import fedmd
 from fedstill.methods.base import FederationInfo, RoundContext, Upload
@@ -357,13 +358,13 @@ def test_threads_give_the_bits_of_serial(serial: tuple[FederationState, list[Rec
     assert untimed(records) == untimed(serial[1])
 
 
-class Stop(Silent):
-    """Presses Ctrl-C after the first client of a round, counted from 0."""
+class Stop(Callback):
+    """Presses Ctrl-C after the first client of a round."""
 
     def __init__(self, of: int) -> None:
         self.of = of
 
-    def client_done(self, round: int, done: int, of: int) -> None:
+    def on_client_end(self, round: int, done: int, of: int) -> None:
         if round == self.of and done == 1:
             raise KeyboardInterrupt
 
@@ -373,7 +374,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     tmp_path: Path, serial: tuple[FederationState, list[Record]], at: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(small(*KEYS), directory=tmp_path / "run", observer=Stop(at))
+        run(small(*KEYS), directory=tmp_path / "run", callbacks=[Stop(at + 1)])
     result = resume(tmp_path / "run")
     assert untimed(result.records) == untimed(serial[1])
     assert same_state(kept_in(tmp_path / "run"), serial[0])

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TinyCNN, client_turn, over_the_wire
 from torch import Tensor
 
+from fedstill.conformance.replays.sites import client_turn, over_the_wire
+from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.distill.teachers import StackedTeachers
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, RoundContext, ServerFusion, Upload

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import TinyCNN
 from torch import Tensor, nn
 
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config, to_toml
+from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.errors import InputError
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import LAST_PARAMS, Record
 from fedstill.methods.base import LocalTask
 from fedstill.methods.moon import MoonObjective, MoonSettings, contrastive
@@ -214,8 +215,8 @@ def test_threads_give_the_bits_of_serial(keys: list[str]) -> None:
     assert untimed(found) == untimed(records)
 
 
-class Stop(Silent):
-    def round_done(self, record: Record) -> None:
+class Stop(Callback):
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == 2:
             raise KeyboardInterrupt
 
@@ -224,7 +225,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*MOON, *CNN, "train.participation=0.6", "train.rounds=4", "moon.previous_models=2")
     whole = run(config, directory=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "stopped", observer=Stop())
+        run(config, directory=tmp_path / "stopped", callbacks=[Stop()])
     again = resume(tmp_path / "stopped")
     assert same_weights(again.weights, whole.weights)
     assert untimed(again.records) == untimed(whole.records)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import client_turn
 from torch import Tensor, nn
 
+from fedstill.conformance.replays.sites import client_turn
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.base import (
     FederationInfo,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.errors import InputError
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import Record
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.base import FederationInfo, RoundContext, ServerState, Upload
@@ -84,8 +85,8 @@ def test_a_method_that_averages_otherwise_refuses_it() -> None:
         compose(small("method=scaffold", "fusion.server_momentum=0.5"))
 
 
-class StopAfterOne(Silent):
-    def round_done(self, record: Record) -> None:
+class StopAfterOne(Callback):
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == 1:
             raise KeyboardInterrupt
 
@@ -94,7 +95,7 @@ def test_the_velocity_survives_a_stop(tmp_path: Path) -> None:
     config = small("fusion.server_momentum=0.9", "train.rounds=3")
     whole = run(config)
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", observer=StopAfterOne())
+        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
     resumed = resume(tmp_path / "run")
     for name, value in whole.weights.params.items():
         assert torch.equal(resumed.weights.params[name], value)

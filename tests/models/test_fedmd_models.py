@@ -1,16 +1,16 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fedstill.conformance.replays import folder
 from fedstill.models import Backbone, build_model, parameter_count
 from fedstill.models.fedmd import SameAveragePool, fedmd_cnn
 from fedstill.models.layers import Dropout
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "cases" / "fedmd_rounds"
+GOLDEN = folder() / "fedmd_rounds"
 
 
 def build(name: str, shape: tuple[int, ...], classes: int = 16) -> Backbone:

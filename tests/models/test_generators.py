@@ -1,14 +1,14 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fedstill.conformance.replays import folder
 from fedstill.errors import InputError
 from fedstill.models import ConditionalGenerator, initial_weights, parameter_count
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "cases" / "fedftg_server_bn"
+GOLDEN = folder() / "fedftg_server_bn"
 
 
 @pytest.mark.parametrize(("nz", "classes", "count"), [(100, 10, 682_499), (256, 100, 1_690_115)])

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedstill.conformance.findings import Finding
+from fedstill.conformance.replays import folder
 from fedstill.conformance.runner import check_method, conformance, keys_of, list_checks
 from fedstill.errors import InputError
 
@@ -22,8 +23,8 @@ def by_command(
     """Check what a command line names, print the findings, and say whether any check fails."""
     keys = keys_of([argument for argument in arguments if "=" in argument])
     names = [argument for argument in arguments if "=" not in argument]
-    if references is not None and not references.is_dir():
-        raise InputError(f"--references: there is no folder {references}")
+    if not (place := references or folder()).is_dir():
+        raise InputError(f"{'--references' if references else 'FEDSTILL_GOLDEN'}: there is no folder {place}")
     if method is not None and names:
         raise InputError("--method and names do not go together; give one or the other")
     if method is None and like is not None:

@@ -42,7 +42,7 @@ def conformance(
     keys : mapping, optional
         Dotted keys of the configuration that are fixed, such as ``{"scaffold.mode": "code"}``.
     references : Path, optional
-        Folder of reference cases.
+        Folder of reference cases; by default ``FEDSTILL_GOLDEN``, or those that come with fedstill.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def check_method(
     keys : mapping, optional
         Dotted keys of the configuration that are fixed. For objects that keep no settings: what they have.
     references : Path, optional
-        Folder of reference cases.
+        Folder of reference cases; by default ``FEDSTILL_GOLDEN``, or those that come with fedstill.
     only : sequence of str, optional
         Run these checks alone.
 

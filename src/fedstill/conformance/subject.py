@@ -64,7 +64,7 @@ class Subject:
     refines : bool
         Whether it is a refinement.
     references : Path or None
-        Folder of reference cases.
+        Folder of reference cases; None for those that come with fedstill.
     """
 
     name: str

@@ -78,7 +78,7 @@ def scaffold(config: Config, objective: type[ScaffoldObjective], fusion: type[Sc
     return objective(config.scaffold), fusion(config.scaffold, config.fusion, refined=False)
 
 
-@wrong("scaffold", "scaffold-reaches-the-pooled-optimum", "scaffold-rounds-by-hand")
+@wrong("scaffold", "scaffold-reaches-the-pooled-optimum", "scaffold-rounds-by-hand", "agrees-with-reference-cases")
 def scaffold_wrong_sign(config: Config) -> Any:
     """SCAFFOLD whose correction is ``c_k - c`` instead of ``c - c_k``."""
 
@@ -89,7 +89,7 @@ def scaffold_wrong_sign(config: Config) -> Any:
     return scaffold(config, Objective)
 
 
-@wrong("scaffold", "scaffold-c-is-the-mean-of-the-variates", "scaffold-rounds-by-hand")
+@wrong("scaffold", "scaffold-c-is-the-mean-of-the-variates", "scaffold-rounds-by-hand", "agrees-with-reference-cases")
 def scaffold_sum_of_changes(config: Config) -> Any:
     """SCAFFOLD whose server adds the clients' changes to c without the factor 1/K."""
 
@@ -230,7 +230,13 @@ def scaffold_variate_on_the_object(config: Config) -> Any:
 # FedDyn
 
 
-@wrong("feddyn", "feddyn-cloud-is-the-mean-plus-h", "feddyn-rounds-by-hand", "feddyn-first-round-overshoots")
+@wrong(
+    "feddyn",
+    "feddyn-cloud-is-the-mean-plus-h",
+    "feddyn-rounds-by-hand",
+    "feddyn-first-round-overshoots",
+    "agrees-with-reference-cases",
+)
 def feddyn_misplaced_parenthesis(config: Config) -> Any:
     """FedDyn whose h takes w_t off once: ``(1/K) (sum_S w_k - w_t)`` instead of ``(1/K) sum_S (w_k - w_t)``."""
 
@@ -294,7 +300,7 @@ def fedavg_in_place(config: Config) -> Any:
     return FedAvgObjective(), InPlace(config.fusion)
 
 
-@wrong("fedavg", "fedavg-rounds-by-hand")
+@wrong("fedavg", "fedavg-rounds-by-hand", "agrees-with-reference-cases")
 def fedavg_uniform(config: Config) -> Any:
     """FedAvg that averages uniformly instead of by n_k."""
 
@@ -341,7 +347,7 @@ def fedavg_drops_buffers(config: Config) -> Any:
     return FedAvgObjective(), Fusion(config.fusion)
 
 
-@wrong("fedavg", "batchnorm-buffers")
+@wrong("fedavg", "batchnorm-buffers", "agrees-with-reference-cases")
 def fedavg_last_clients_buffers(config: Config) -> Any:
     """FedAvg that takes BatchNorm's statistics from the last client."""
 
@@ -489,7 +495,7 @@ def alone_starts_anew(config: Config) -> Any:
 # MOON
 
 
-@wrong("moon", "moon-steps-by-hand")
+@wrong("moon", "moon-steps-by-hand", "agrees-with-reference-cases")
 def moon_wrong_positive(config: Config) -> Any:
     """MOON that pulls to the client's old model and pushes the global one away."""
 
@@ -720,7 +726,7 @@ def fedftg_shares_with_a_large_epsilon(config: Config) -> Any:
     return ftg(config, share_epsilon=1.0)
 
 
-@wrong("fedftg", "fedftg-labels-follow-the-cohort")
+@wrong("fedftg", "fedftg-labels-follow-the-cohort", "refinement-agrees-with-reference-cases")
 def fedftg_uniform_labels(config: Config) -> Any:
     """FedFTG that generates all classes alike, held or not."""
     return ftg(config, labels="uniform")
@@ -732,7 +738,7 @@ def fedftg_weights_as_a_mean(config: Config) -> Any:
     return ftg(config, cls_weights="batch-mean")
 
 
-@wrong("fedftg", "fedftg-generator-loss-by-hand")
+@wrong("fedftg", "fedftg-generator-loss-by-hand", "refinement-agrees-with-reference-cases")
 def fedftg_generator_helps(config: Config) -> Any:
     """FedFTG whose generator lowers L_md instead of raising it."""
     return ftg(config, lambda_md=-config.fedftg.lambda_md)
@@ -825,7 +831,7 @@ def fedftg_single_precision(config: Config) -> Any:
     return Refinement(config.fedftg)
 
 
-@wrong("feddf", "feddf-average-of-logits")
+@wrong("feddf", "feddf-average-of-logits", "refinement-agrees-with-reference-cases")
 def feddf_average_of_probabilities(config: Config) -> Any:
     """FedDF that averages the teachers' probabilities instead of their logits."""
     return FedDF(config.feddf.model_copy(update={"average": "probabilities"}))

@@ -1,20 +1,17 @@
-"""The tiny models of the reference cases, their flat states, and one client's turn in a round."""
+"""The tiny models of the reference cases and their flat states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from registry import Case
 from torch import Tensor, nn
 
-from fedstill.methods.base import FederationInfo, LocalObjective, LocalTask, ServerFusion, ServerState, Upload
+from fedstill.conformance.replays.registry import Case, must
 from fedstill.models import ConditionalGenerator, Stateless
-from fedstill.payload import Payload, problem_with
-from fedstill.training import SGD, Trained, train_locally
-from fedstill.weights import State, Tensors, Weights
+from fedstill.weights import Tensors, Weights
 
 
 class TinyCNN(nn.Module):
@@ -30,11 +27,13 @@ class TinyCNN(nn.Module):
         self.fc = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.conv(x)
         if self.norm:
             x = self.bn(x)
         x = nn.functional.max_pool2d(x.relu(), 2).flatten(1)
-        return self.fc(self.fc1(x).relu())
+        logits: Tensor = self.fc(self.fc1(x).relu())
+        return logits
 
 
 class TinyFedCon(nn.Module):
@@ -50,9 +49,11 @@ class TinyFedCon(nn.Module):
         self.l3 = nn.Linear(widths[2], widths[3])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x = nn.functional.max_pool2d(self.features["conv"](x).relu(), 2).flatten(1)
         h = self.features["fc1"](x).relu()
-        return self.l3(self.l2(self.l1(h).relu()))
+        logits: Tensor = self.l3(self.l2(self.l1(h).relu()))
+        return logits
 
 
 def _module(description: Mapping[str, Any]) -> nn.Module:
@@ -86,14 +87,18 @@ class Architecture:
 
     @staticmethod
     def of(case: Case, name: str = "model") -> Architecture:
+        """Return an architecture of a case."""
         description = case.meta["architectures"][name]
-        module = _module(description).double()
+        with torch.random.fork_rng(devices=[]):  # nobody's stream is to pay for weights that are replaced
+            module = _module(description).double()
         layout, own = description["layout"], module.state_dict()
-        assert [list(value.shape) for value in own.values()] == [entry["shape"] for entry in layout]
-        if name == "model":
-            assert list(own) == [entry["name"] for entry in layout]
+        shapes = [list(value.shape) for value in own.values()]
+        must(shapes == [entry["shape"] for entry in layout], f"the {name} is laid out otherwise")
+        named = name != "model" or list(own) == [entry["name"] for entry in layout]
+        must(named, f"the {name} has other names")
         kinds = dict(zip(own, (entry["kind"] for entry in layout), strict=True))
-        assert {key for key, kind in kinds.items() if kind == "parameter"} == {n for n, _ in module.named_parameters()}
+        parameters = {key for key, kind in kinds.items() if kind == "parameter"}
+        must(parameters == {name for name, _ in module.named_parameters()}, f"the {name} has other parameters")
         return Architecture(module, kinds)
 
     @property
@@ -101,6 +106,12 @@ class Architecture:
         """The module; its last linear layer is the head."""
         linear = [name for name, part in self.module.named_modules() if isinstance(part, nn.Linear)]
         return Stateless(self.module, linear[-1])
+
+    @property
+    def conditional(self) -> ConditionalGenerator:
+        """The module, where it is a generator."""
+        assert isinstance(self.module, ConditionalGenerator)
+        return self.module
 
     def state(self, flat: Tensor) -> Tensors:
         """Return the whole state that a vector holds."""
@@ -146,44 +157,3 @@ def _join(tensors: Mapping[str, Tensor], names: Mapping[str, str] | Sequence[str
 def batch_order(rows: Tensor) -> list[Tensor]:
     """Return recorded batches without their padding; rows of padding alone are steps that do not exist."""
     return [row[row >= 0] for row in rows if bool((row >= 0).any())]
-
-
-def over_the_wire(payload: Payload) -> Payload:
-    """Return what arrives when ``payload`` is sent as bytes."""
-    return Payload.from_bytes(payload.to_bytes())
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one client's turn gave, and what it began with."""
-
-    upload: Upload
-    state: State
-    trained: Trained
-    extras: State
-    received: Payload
-
-
-def client_turn(
-    model: Stateless,
-    objective: LocalObjective,
-    fusion: ServerFusion,
-    server: ServerState,
-    info: FederationInfo,
-    task: LocalTask,
-    data: tuple[Tensor, Tensor],
-    order: Sequence[Tensor],
-    sgd: SGD,
-    state: State,
-    label_counts: Tensor | None = None,
-) -> Turn:
-    """Send the model to a client, train there, and take its upload; both messages travel as bytes."""
-    received = over_the_wire(fusion.broadcast(server, task.client, info))
-    extras = objective.prepare(received, state, task)
-    sgd = replace(sgd, lr=task.lr, weight_decay=sgd.weight_decay + objective.extra_weight_decay(received, task))
-    trained = train_locally(model, objective, received.weights(), extras, *data, order, sgd)
-    payload, state = objective.finish(received, state, trained, task)
-    sent = over_the_wire(payload)
-    assert problem_with(sent, fusion.upload_like(server)) is None
-    upload = Upload(task.client, sent, task.samples, trained.steps, label_counts)
-    return Turn(upload, state, trained, extras, received)

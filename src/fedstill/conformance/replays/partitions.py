@@ -1,8 +1,11 @@
+"""The partitions of the released codes, for given seeds; they belong to no method."""
+
 from __future__ import annotations
 
 import numpy as np
-from registry import Case, checks
 
+from fedstill.conformance.replays.registry import Case, replays
+from fedstill.conformance.subject import Subject
 from fedstill.data import make_partition
 
 PROTOCOLS = {
@@ -13,8 +16,9 @@ PROTOCOLS = {
 }
 
 
-@checks(*PROTOCOLS)
-def replayed_partition(case: Case) -> None:
+@replays(None, *PROTOCOLS)
+def replayed_partition(case: Case, _: Subject) -> None:
+    """FedFTG's and MOON's code: Dirichlet by client, or by class."""
     clients = int(case.array("in/clients"))
     partition = make_partition(
         case.array("in/labels"),
@@ -34,8 +38,9 @@ def replayed_partition(case: Case) -> None:
         case.agrees(f"out/sample_ids_{client}", own)
 
 
-@checks("partition_feddf")
-def feddf_partition(case: Case) -> None:
+@replays(None, "partition_feddf")
+def feddf_partition(case: Case, _: Subject) -> None:
+    """FedDF's code."""
     partition = make_partition(
         case.array("in/labels"),
         int(case.array("in/classes")),
@@ -51,9 +56,12 @@ def feddf_partition(case: Case) -> None:
         case.agrees(f"out/sample_ids_{client}", own)
 
 
-@checks("partition_fedgen_0", "partition_fedgen_1")
-def fedgen_partition(case: Case) -> None:
-    """The case orders its classes itself; here they go by number, so a class's number is its place in that order."""
+@replays(None, "partition_fedgen_0", "partition_fedgen_1")
+def fedgen_partition(case: Case, _: Subject) -> None:
+    """FedGen's code.
+
+    The case orders its classes itself; here they go by number, so a class's number is its place in that order.
+    """
     order, per_class = case.array("in/class_order"), case.array("in/class_sizes")
     starts = np.cumsum(per_class) - per_class
     partition = make_partition(
@@ -75,8 +83,9 @@ def fedgen_partition(case: Case) -> None:
             case.agrees(f"out/ids_{user}_{wanted}", own[label == wanted] - start)
 
 
-@checks("partition_multinomial")
-def multinomial_partition(case: Case) -> None:
+@replays(None, "partition_multinomial")
+def multinomial_partition(case: Case, _: Subject) -> None:
+    """FedFTG's code: one draw after another."""
     partition = make_partition(
         case.array("in/labels"),
         int(case.array("in/classes")),
