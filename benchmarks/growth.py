@@ -58,7 +58,7 @@ def serve(given: str) -> None:
             f"train.participation={point['active'] / point['clients']}", "train.rounds=1000000",
             "local.epochs=1", "local.batch_size=10", "local.lr=0.01", *PLAIN_SGD,
             f"execution.executor={point['executor']}", f"execution.device={point['device']}",
-            f"execution.workers={point['threads']}", f"execution.server_threads={point['threads']}",
+            f"execution.workers={point['threads']}",
             "fedftg.generator_width=16",
         ],
         Source("synthetic", (1, 8, 8), point["classes"], samples, 100, synthetic=True),

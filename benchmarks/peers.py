@@ -38,7 +38,7 @@ from measure import (
 
 FARTHER = {"fedavg": 1.1, "scaffold": 1.25}
 """Largest ratio of the ways that the models have come; SCAFFOLD's depends on who was in the cohorts."""
-REFERENCE, OURS = "plain loop", "fedstill, threads"
+REFERENCE, OURS = "plain loop", "fedstill"
 MODELS = {"mlp": "mlp", "cnn": "mcmahan-cnn"}
 
 
@@ -113,7 +113,7 @@ class Comparison:
             f"method={self.method}", f"model.name={MODELS[self.model]}", "data.partition=iid",
             f"data.clients={keys.clients}", f"train.participation={keys.active / keys.clients}",
             "train.rounds=1000000", "local.epochs=1", f"local.batch_size={keys.batch_size}", f"local.lr={keys.lr}",
-            f"execution.server_threads={keys.threads}", *PLAIN_SGD,
+            *PLAIN_SGD,
         ]  # fmt: skip
         made = federation([*settings, 'eval.on=["test"]', "execution.executor=serial"], source)
         test = made.evaluation.sets["test"]
@@ -133,7 +133,7 @@ class Comparison:
         own = [sys.executable, str(HERE / "peers" / "run_fedstill.py"), str(job)]
         threads = f"execution.workers={count}"
         commands = {
-            OURS: ([*own, "execution.executor=threads", threads], None),
+            OURS: ([*own, threads], None),
             "fedstill, vectorized": ([*own, "execution.executor=vectorized", threads], None),
         }
         if self.method == "fedavg":

@@ -31,7 +31,7 @@ def smoke(name: str, *options: str) -> tuple[dict[str, Any], list[list[str]]]:
 def test_limit() -> None:
     result, rows = smoke("limit", "--models", "mlp", "--threads", "2")
     (model,) = result["models"]
-    assert set(model["seconds"]) >= {"plain loop", "serial", "threads x2", "vectorized, 1 at once"}
+    assert set(model["seconds"]) >= {"plain loop", "serial", "auto", "vectorized, the cohort at once"}
     assert len(rows) == len(model["seconds"])
     assert model["parameters"] == 784 * 200 + 200 + 200 * 10 + 10
     assert model["distance"]["plain loop"] == 0
@@ -60,12 +60,12 @@ def test_limit_refuses_a_contestant_that_does_other_work(monkeypatch: pytest.Mon
 def test_peers_without_any_peer(tmp_path: Path) -> None:
     result, rows = smoke("peers", "--venvs", str(tmp_path), "--peers", "--threads", "1")
     (found,) = result["comparisons"]
-    assert set(found["seconds"]) == {"plain loop", "fedstill, threads", "fedstill, vectorized"}
+    assert set(found["seconds"]) == {"plain loop", "fedstill", "fedstill, vectorized"}
     assert found["same"] is True
     assert found["failed"] == {}
     assert len(rows) == 3
     outcome = found["outcome"]
-    assert outcome["fedstill, vectorized"]["way"] == pytest.approx(outcome["fedstill, threads"]["way"], rel=1e-3)
+    assert outcome["fedstill, vectorized"]["way"] == pytest.approx(outcome["fedstill"]["way"], rel=1e-3)
     assert all(one["way"] > 0 for one in outcome.values())
 
 

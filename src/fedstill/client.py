@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedstill.config import LocalSettings
-from fedstill.data.dataset import Samples
+from fedstill.data.dataset import Samples, Share
 from fedstill.errors import RunError
 from fedstill.methods.base import LocalObjective, LocalTask, Turn
 from fedstill.models.randomness import layers_draw_from
@@ -56,7 +56,7 @@ class Site:
         The client's architecture.
     initial : Weights
         That architecture's initial weights.
-    own : Samples
+    own : Samples or Share
         The client's training samples, on the device.
     task : LocalTask
     received : Payload
@@ -70,11 +70,13 @@ class Site:
         The public set, on the device.
     stopped : threading.Event
         Set when the run is stopped.
+    channels_last : bool
+        How the kernels of convolutions lie in memory.
     """
 
     model: Stateless
     initial: Weights
-    own: Samples
+    own: Samples | Share
     task: LocalTask
     received: Payload
     state: State
@@ -83,6 +85,7 @@ class Site:
     augmentation: str = "none"
     public: Samples | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
+    channels_last: bool = False
 
     def stream(self, purpose: str) -> torch.Generator:
         """Return the client's random stream of this round for a purpose, on the CPU."""
@@ -101,20 +104,21 @@ class Site:
         RunError
             If the loss turns non-finite; it names the round, the client and the step.
         """
-        device = self.own.y.device
+        x, y, order = self.own.source(self.order())
         decay = self.local.weight_decay + objective.extra_weight_decay(self.received, self.task)
         trained = train_locally(
             self.model,
             objective,
             start,
             extras,
-            self.own.x,
-            self.own.y,
-            self.order(),
+            x,
+            y,
+            order,
             SGD(self.task.lr, self.local.momentum, decay, self.local.clip_norm),
-            draws={name: value.to(device) for name, value in draws.items()},
+            draws={name: value.to(y.device) for name, value in draws.items()},
             augmentation=self.augmentation,
             generator=None if self.augmentation == "none" else self.stream("augmentation"),
+            channels_last=self.channels_last,
         )
         check_finite(trained, self.task)
         return trained
@@ -147,6 +151,8 @@ class LocalTrainer:
     augmentation : str
     public : Samples or None
         The public set, on the device.
+    channels_last : bool
+        Hold the kernels of convolutions with the channels innermost while a client trains.
     """
 
     objective: LocalObjective
@@ -158,6 +164,7 @@ class LocalTrainer:
     initial: Sequence[Weights] = ()
     augmentation: str = "none"
     public: Samples | None = None
+    channels_last: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, models: Sequence[Stateless], work: ClientWork) -> ClientResult:
@@ -188,7 +195,7 @@ class LocalTrainer:
         return Site(
             models[work.architecture],
             self.initial[work.architecture] if self.initial else work.payload.weights(),
-            self.samples.take(self.shares[work.client].to(self.samples.y.device)),
+            Share(self.samples, self.shares[work.client].to(self.samples.y.device)),
             self.task(work),
             work.payload,
             work.state,
@@ -197,6 +204,7 @@ class LocalTrainer:
             self.augmentation,
             self.public,
             self.stop,
+            self.channels_last,
         )
 
     def label_counts(self, client: int) -> Tensor:

@@ -195,6 +195,11 @@ class ExecutionSettings(Settings):
     """The same while the server refines and evaluates."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """How images and convolution kernels lie in memory while clients train one at a time; auto: channels_last on a CPU
+    where a model has convolutions and no GroupNorm, which is slow then. Moves the last bits."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """What clients compute in: float32; on a GPU with products in tf32; or bf16 products with float32 weights."""
     client_states: Literal["auto", "memory", "disk"] = "auto"
     """Where the states of absent clients wait: memory, or disk (the run directory, or a temporary one); auto: disk once
     a model for every client would take more than a tenth of the device's memory. Does not change results."""
@@ -207,6 +212,15 @@ class CheckpointSettings(Settings):
     """Rounds between checkpoints; the last round always has one."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept."""
+
+
+class TrackingSettings(Settings):
+    """``[tracking]``: where a run is logged besides its own directory; does not change results."""
+
+    to: Annotated[tuple[Literal["mlflow", "wandb"], ...], Field(strict=False)] = ()
+    """mlflow, wandb (Weights & Biases): each an extra of its own, pip install 'fedstill[mlflow]'."""
+    project: str | None = None
+    """MLflow's experiment, W&B's project; by default their environment variable's, else fedstill."""
 
 
 class Config(Settings):
@@ -237,6 +251,7 @@ class Config(Settings):
     eval: EvalSettings = EvalSettings()
     execution: ExecutionSettings = ExecutionSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -278,21 +293,28 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: T
         For a missing or malformed file, unknown keys, wrong types, impossible values; it names the key, the
         file and line where there is one, and the nearest right name.
     """
-    table: Table = deepcopy(base or {})
-    text = ""
-    if path is not None:
-        text = _read(path)
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: not valid TOML: {error}") from error
-    _let_an_overriding_mode_speak(table, {override.partition("=")[0].strip() for override in overrides})
-    for override in overrides:
-        _apply(table, override)
+    table, text = read_toml(path) if path is not None else (deepcopy(base or {}), "")
+    _set_keys(table, [parse_override(override) for override in overrides])
     try:
         return Config.model_validate(table)
     except ValidationError as error:
         raise InputError(_explain(error, path, _lines(text), overrides)) from error
+
+
+def config_with(base: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a table in which dotted keys are set, such as ``{"data.beta": 0.1}``.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_config` does.
+    """
+    table = deepcopy(dict(base))
+    _set_keys(table, [(key, deepcopy(value)) for key, value in values.items()])
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise InputError(_explain(error, None, {}, ())) from error
 
 
 def config_from(table: Mapping[str, Any], where: str) -> Config:
@@ -301,6 +323,17 @@ def config_from(table: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(table)
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error, None, {}, ())}") from error
+
+
+def explained(error: ValidationError, path: Path, text: str, model: type[BaseModel]) -> InputError:
+    """Return the error for a TOML file of another kind than a configuration; ``model`` is what it was read as."""
+    return InputError(_explain(error, path, _lines(text), (), model))
+
+
+def _set_keys(table: Table, values: Sequence[tuple[str, Any]]) -> None:
+    _let_an_overriding_mode_speak(table, {key for key, _ in values})
+    for key, value in values:
+        _set(table, key, value)
 
 
 def _let_an_overriding_mode_speak(table: Table, overridden: set[str]) -> None:
@@ -339,24 +372,38 @@ def _forget_mode(table: Table, settings: type[ModedSettings]) -> bool:
     return complete
 
 
-def _read(path: Path) -> str:
+def read_toml(path: Path) -> tuple[Table, str]:
+    """Return a TOML file's table and its text.
+
+    Raises
+    ------
+    InputError
+        If it is missing, unreadable or malformed.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
 
 
-def _apply(table: Table, override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the key and the value of ``key=value``; what is not TOML is a string."""
     key, equals, raw = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"{override!r} is not an override: write key=value, for example train.rounds=200")
     try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        return key.strip(), tomllib.loads(f"value = {raw.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    *parents, leaf = key.strip().split(".")
+        return key.strip(), raw.strip()
+
+
+def _set(table: Table, key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
     place: Any = table
     for parent in parents:
         place = place.setdefault(parent, {}) if isinstance(place, dict) else _entry(place, parent, key)
@@ -377,26 +424,31 @@ def _entry(tables: list[Any], place: str, key: str) -> Any:
     return tables[int(place)]
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of the configuration."""
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[Any, ...]]:
+    """Return every dotted key of the configuration, and the types that its value may have."""
+    found: dict[str, tuple[Any, ...]] = {}
     for name, field in model.model_fields.items():
         parts = (field.annotation, *get_args(field.annotation))
         tables = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-        if tables:
-            yield from keys(tables[0], f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        found |= keys(tables[0], f"{prefix}{name}.") if tables else {f"{prefix}{name}": parts}
+    return found
 
 
-def _explain(error: ValidationError, path: Path | None, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
+def _explain(
+    error: ValidationError,
+    path: Path | None,
+    lines: Mapping[str, int],
+    overrides: Sequence[str],
+    model: type[BaseModel] = Config,
+) -> str:
     """Return one line on the first problem; where it is, what is wrong, and the nearest right name."""
-    problem = error.errors()[0]
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # it may be why another is missing
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
     given = [override for override in overrides if override.partition("=")[0].strip() == key]
     line = lines.get(".".join(str(part) for part in problem["loc"]), lines.get(key))
     where = f"{path}:{line}: " if path and line and not given else f"{path}: " if path and not given else ""
     if problem["type"] == "extra_forbidden":
-        near = nearest_key(key)
+        near = nearest_key(key, model)
         return f"{where}unknown key {key!r}" + (f", did you mean {near!r}?" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
@@ -405,10 +457,10 @@ def _explain(error: ValidationError, path: Path | None, lines: Mapping[str, int]
     return f"{where}{key or 'configuration'}: {message[:1].lower()}{message[1:]}{shown}{more}"
 
 
-def nearest_key(key: str) -> str | None:
+def nearest_key(key: str, model: type[BaseModel] = Config) -> str | None:
     """Return the most similar key there is; a right last part in another table counts."""
-    known = list(keys())
-    tables = [name for name in Config.model_fields if name not in known]
+    known = list(keys(model))
+    tables = [name for name in model.model_fields if name not in known]
     leaf = key.rsplit(".", 1)[-1]
     elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     near = get_close_matches(key, known + tables, n=1, cutoff=0.6)

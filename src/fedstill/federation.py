@@ -132,6 +132,11 @@ class Federation:
         state, record
             The next state, and what was measured, ready for the metrics file.
         """
+        # All of the server's work: two threads inside an operation are very slow on a machine that does other things.
+        with intra_op_threads(self.config.execution.server_threads):
+            return self._round(state)
+
+    def _round(self, state: FederationState) -> tuple[FederationState, Record]:
         clock = Clock()
         cohort = self.sample_cohort(state.round)
         works = [self.work(state, client) for client in cohort]
@@ -139,16 +144,16 @@ class Federation:
             results = self.train(state.round, works)
         uploads, counts = self.receive(state, results)
         sent = Traffic.of(works, results)
-        with clock("fuse"), intra_op_threads(self.config.execution.server_threads):
+        with clock("fuse"):
             fused = self.fuse(state, uploads)
         with clock("refine"):
-            teachers = self.teachers(uploads)
+            teachers = self.teachers(uploads) if self.needs_teachers(state.round) else None
             refined, measured = self.refine(state.round, fused, uploads, teachers, sent)
         clients = ClientStates.of(state.clients) | self.kept(results)
         known = {**state.label_counts, **counts} if counts else state.label_counts
         following = FederationState(state.round + 1, refined, clients, known)
         record: Record = {"round": state.round + 1, "cohort": cohort}
-        with clock("evaluate"), intra_op_threads(self.config.execution.server_threads):
+        with clock("evaluate"):
             record |= self.evaluate(state.round, fused, following, uploads, teachers)
         record |= {"refinement": measured, "train_loss": sum(r.loss for r in results) / len(results)}
         return following, record | {"bytes": sent.record(), "seconds": clock.seconds}
@@ -263,7 +268,7 @@ class Federation:
             context = self.context(round, architecture.info, uploads, refinement.simulation_only)
             seed = seed_of(self.config.seed.train, "layers", round, refinement.name)
             layers = layers_draw_from(architecture.model.module, self.device, seed)
-            with intra_op_threads(self.config.execution.server_threads), layers:
+            with layers:
                 refined = refinement.refine(architecture.model, server.weights, teachers, own, context)
             if not refined.weights.all_finite():
                 raise RunError(
@@ -313,6 +318,11 @@ class Federation:
 
         decay = self.config.local.lr_decay**round
         return RoundContext(round, info, decay, stream, self.device, self.public, self.validation, real)
+
+    def needs_teachers(self, round: int) -> bool:
+        """Say whether a round's uploads are looked at as an ensemble: to refine, or to measure it."""
+        measured = self.evaluation.ensembles is not None and self.due(round, self.config.eval.ensembles_every)
+        return bool(self.method.refinements) or measured
 
     def teachers(self, uploads: Sequence[Upload]) -> Teachers | None:
         """Return the cohort's models as one ensemble; None where clients keep their models to themselves.

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedstill.errors import InputError
-from fedstill.weights import Tensors, Weights
+from fedstill.weights import Tensors, Weights, finite
 
 
 class Kind(StrEnum):
@@ -119,9 +119,9 @@ def problem_with(payload: Payload, like: Payload) -> str | None:
     for kind, tensors in payload.parts.items():
         if kind not in like:
             return f"it holds {kind.value}, which was not asked for"
-        for name, value in tensors.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return f"{kind.value} {name!r} is not finite"
+        if not finite(tensors.values()):
+            name = next(name for name, value in tensors.items() if not finite([value]))
+            return f"{kind.value} {name!r} is not finite"
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedstill.methods.base import LocalObjective
 
 LastBatch = Literal["keep", "drop"]
+Layout = Callable[[Tensor], Tensor]
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
@@ -125,6 +126,7 @@ def train_locally(
     draws: Tensors | None = None,
     augmentation: str = "none",
     generator: torch.Generator | None = None,
+    channels_last: bool = False,
 ) -> Trained:
     """Run SGD on one client's data.
 
@@ -150,13 +152,17 @@ def train_locally(
         Name of the augmentation.
     generator : torch.Generator, optional
         Its random stream; without one nothing is augmented.
+    channels_last : bool
+        Hold the kernels of convolutions with the channels as the innermost dimension, which convolutions follow.
 
     Returns
     -------
     Trained
+        Its weights are contiguous, whatever they were while they were trained.
     """
     names = list(start.params)
-    params = {name: value.detach().clone().requires_grad_() for name, value in start.params.items()}
+    layout: Layout = channels_innermost if channels_last else torch.clone
+    params = {name: layout(value.detach()).requires_grad_() for name, value in start.params.items()}
     buffers = {name: value.detach().clone() for name, value in start.buffers.items()}
     leaves = [params[name] for name in names]
     velocity: list[Tensor] = []
@@ -166,6 +172,7 @@ def train_locally(
     sums: Tensors = {}
     for step, batch in enumerate(order):
         inputs = x[batch] if generator is None else augment(x[batch], augmentation, generator)
+        inputs = channels_innermost(inputs) if channels_last else inputs
         given = {**extras, "draws": {name: value[step] for name, value in draws.items()}} if draws else extras
         labels.append(y[batch])
         loss, noted = objective.loss_and_sums(model, params, buffers, inputs, labels[-1], given)
@@ -179,8 +186,27 @@ def train_locally(
         if norm is not None:
             norms.append(norm)
     weights = Weights({name: value.detach() for name, value in params.items()}, buffers)
+    weights = weights.map(channels_outermost) if channels_last else weights
     stacked = torch.stack(losses) if losses else torch.zeros(0)
     return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels), sums)
+
+
+def channels_innermost(value: Tensor) -> Tensor:
+    """Return a copy of images or of a convolution's kernel in which the channels are the innermost dimension.
+
+    Also of a single channel, for which the strides alone tell convolutions which layout is meant: PyTorch's own
+    conversion leaves those as they are, and the first layer, the largest of all, is then computed the slow way.
+    """
+    if value.dim() != 4:
+        return value.clone()
+    _, channels, height, width = value.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def channels_outermost(value: Tensor) -> Tensor:
+    """Return a tensor in the usual layout."""
+    return value.clone(memory_format=torch.contiguous_format) if value.dim() == 4 else value
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

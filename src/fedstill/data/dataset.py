@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,42 @@ class Samples:
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples on ``device``; nothing is copied when they are there already."""
         return Samples(self.x.to(device), self.y.to(device))
+
+    def source(self, at: Iterable[Tensor]) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
+        """Return images, labels, and the given positions as positions in these."""
+        return self.x, self.y, at
+
+
+class Share:
+    """A client's part of all samples, which reads like samples of its own and is copied only when they are asked for.
+
+    Parameters
+    ----------
+    everyone : Samples
+    rows : Tensor, (n,) int64
+        The client's positions among them, on their device.
+    """
+
+    def __init__(self, everyone: Samples, rows: Tensor) -> None:
+        self.everyone = everyone
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The client's images, (n, C, H, W)."""
+        return self.everyone.x[self.rows]
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Their labels, (n,)."""
+        return self.everyone.y[self.rows]
+
+    def source(self, at: Iterable[Tensor]) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
+        """Return everyone's images and labels, and the given positions as positions in these."""
+        return self.everyone.x, self.everyone.y, (self.rows[one] for one in at)
 
 
 @dataclass(frozen=True, eq=False)

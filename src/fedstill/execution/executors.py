@@ -42,17 +42,27 @@ def intra_op_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def bf16_products(models: Models, wanted: bool) -> Iterator[None]:
+    """Compute convolutions and matrix products in bfloat16 where it is wanted; weights and sums stay as they are."""
+    device = next(models[0].module.parameters()).device.type
+    # Without the cache: it would keep the weights of the first step for all steps of a client.
+    with torch.autocast(device, torch.bfloat16, enabled=wanted, cache_enabled=False):
+        yield
+
+
 class SerialExecutor:
     """One client after another; an error comes straight from the client that made it."""
 
-    def __init__(self, models: Models, threads: int = 1) -> None:
+    def __init__(self, models: Models, threads: int = 1, bf16: bool = False) -> None:
         self.models = models
         self.threads = threads
+        self.bf16 = bf16
 
     def run(self, train: Callable[[Models, Work], Result], works: Sequence[Work]) -> Iterator[Result]:
         """Yield the results in order."""
         for work in works:
-            with intra_op_threads(self.threads):
+            with intra_op_threads(self.threads), bf16_products(self.models, self.bf16):
                 result = train(self.models, work)
             yield result
 
@@ -67,8 +77,9 @@ class ThreadExecutor:
     own streams alone, and each worker sets its own number of intra-op threads.
     """
 
-    def __init__(self, models: Models, workers: int, threads: int = 1) -> None:
+    def __init__(self, models: Models, workers: int, threads: int = 1, bf16: bool = False) -> None:
         self._local = threading.local()
+        self.bf16 = bf16
 
         def start() -> None:
             torch.get_num_threads()  # sets up this thread's count, which would otherwise undo the next line later
@@ -84,7 +95,8 @@ class ThreadExecutor:
         def one(work: Work) -> Result:
             if stop.is_set():
                 raise InterruptedError("another client of the cohort failed")
-            return train(self._local.models, work)
+            with bf16_products(self._local.models, self.bf16):
+                return train(self._local.models, work)
 
         futures = [self._pool.submit(one, work) for work in works]
         try:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedstill.client import ClientResult, ClientWork, LocalTrainer, Site, check_finite
 from fedstill.data.augment import augment
+from fedstill.data.dataset import Share
 from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
 from fedstill.methods.base import LocalObjective, Turn
 from fedstill.models.layers import Dropout
@@ -235,10 +236,7 @@ class Batch:
         own = [self.jobs[place] for place in members]
         batches = [job.order[self.done[place]] for job, place in zip(own, members, strict=True)]
         if own[0].augmentation is None:
-            shares = [
-                train.shares[job.site.task.client].to(batch.device) for job, batch in zip(own, batches, strict=True)
-            ]
-            at = torch.stack([share[batch] for share, batch in zip(shares, batches, strict=True)])
+            at = torch.stack([cast(Share, job.site.own).rows[batch] for job, batch in zip(own, batches, strict=True)])
             return train.samples.x[at], train.samples.y[at]
         x = [
             augment(job.site.own.x[batch], job.site.augmentation, cast(torch.Generator, job.augmentation))

@@ -163,7 +163,12 @@ def compare_rate(case: Case, client: RecordedSite) -> None:
     """Compare the rate that the released client leaves for its next round: fedstill's of this round."""
     task, size = client.task, len(client.own)
     trainer = LocalTrainer(
-        LocalObjective(), client.own, [torch.arange(size)], LocalSettings(lr=task.lr, lr_decay=0.99), 5, 0
+        LocalObjective(),
+        Samples(client.own.x, client.own.y),
+        [torch.arange(size)],
+        LocalSettings(lr=task.lr, lr_decay=0.99),
+        5,
+        0,
     )
     case.agrees("out/lr_after", trainer.task(ClientWork(task.round, 0, client.received, {})).lr)
 
