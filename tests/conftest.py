@@ -1,4 +1,4 @@
-"""What all tests share: one thread, the reference cases' modules on the path, their count in the summary."""
+"""What all tests share: one thread, the reference cases' count in the summary."""
 
 from __future__ import annotations
 

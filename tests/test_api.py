@@ -12,7 +12,6 @@ from torch import nn
 
 import fedstill
 from fedstill.config import LocalSettings
-from fedstill.federation import FederationState
 from fedstill.methods.fedavg import FedAvgObjective
 from fedstill.methods.fedprox import FedProxObjective, FedProxSettings
 from fedstill.methods.scaffold import ScaffoldObjective, ScaffoldSettings
@@ -76,23 +75,6 @@ def test_run_refuses_what_it_cannot_use(tmp_path: Path) -> None:
         fedstill.run({"method": "x"}, directory=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert issubclass(fedstill.InputError, fedstill.FedstillError)
-
-
-def test_an_observer_is_told() -> None:
-    told: list[Any] = []
-
-    class Note:
-        def started(self, federation: fedstill.Federation, state: FederationState, notes: list[str]) -> None:
-            told.append((federation.config.method, state.round, notes))
-
-        def client_done(self, round: int, done: int, of: int) -> None:
-            told.append((round, done, of))
-
-        def round_done(self, record: dict[str, object]) -> None:
-            told.append(record["round"])
-
-    fedstill.run(small("data.clients=2"), observer=Note())
-    assert told == [("fedavg", 0, []), (0, 1, 2), (0, 2, 2), 1, (1, 1, 2), (1, 2, 2), 2]
 
 
 def test_a_federation_can_be_walked_by_hand() -> None:

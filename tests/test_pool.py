@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedstill.errors import InputError, RunError
-from fedstill.pool import run_jobs
+from fedstill.pool import Failure, outcomes, run_jobs
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,25 @@ def test_an_error_ends_all(job: Fail | Die | Leave, error: type[Exception], text
     with pytest.raises(error, match=text):
         run_jobs([Square(2, 120), job], 2)
     assert time.monotonic() - began < 60
+    assert not multiprocessing.active_children()
+
+
+def test_the_others_go_on_where_failures_are_told() -> None:
+    jobs = [Fail(InputError("no such thing")), Square(3), Die(), Square(5), Fail(ValueError("a bug")), Square(7)]
+    ended = dict(outcomes(jobs, 2))
+    assert sorted(ended) == [0, 1, 2, 3, 4, 5]
+    assert [ended[position] for position in (1, 3, 5)] == [9, 25, 49]
+    errors = {position: one.error for position, one in ended.items() if isinstance(one, Failure)}
+    assert [type(errors[position]) for position in (0, 2, 4)] == [InputError, RunError, RuntimeError]
+    assert "killed by signal 9" in str(errors[2])
+    assert "ValueError: a bug" in str(errors[4])
+    assert not multiprocessing.active_children()
+
+
+def test_leaving_early_ends_all() -> None:
+    ended = outcomes([Square(3), Square(2, 120), Square(2, 120)], 2)
+    assert next(ended) == (0, 9)
+    ended.close()
     assert not multiprocessing.active_children()
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.client_states import ClientStates
 from fedstill.config import Config
 from fedstill.data.dataset import RawDataSet
 from fedstill.errors import InputError, RunError
 from fedstill.evaluation import LISTED_CLIENTS, Score, by_label_mix
-from fedstill.experiment import Silent, resume, run
+from fedstill.experiment import resume, run
 from fedstill.federation import FederationState, Record
 from fedstill.methods.base import FederationInfo
 from fedstill.runs import RunDirectory, read_metrics
@@ -53,13 +54,13 @@ def enough_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BUILD, "load_raw", lambda *_: raw)
 
 
-class Watch(Silent):
+class Watch(Callback):
     """Calls something after every round, and presses Ctrl-C after one."""
 
     def __init__(self, look: Any = lambda record: None, stop: int | None = None) -> None:
         self.look, self.stop = look, stop
 
-    def round_done(self, record: Record) -> None:
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         self.look(record)
         if record["round"] == self.stop:
             raise KeyboardInterrupt
@@ -67,7 +68,7 @@ class Watch(Silent):
 
 def stopped(path: Path, config: Config, after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=path, observer=Watch(stop=after))
+        run(config, directory=path, callbacks=[Watch(stop=after)])
 
 
 def store_of(path: Path) -> CheckpointStore:
@@ -195,7 +196,7 @@ def test_a_round_touches_its_cohorts_files_and_no_others(
     monkeypatch.setattr(files_of_clients, "read_tensors", reading)
     monkeypatch.setattr(Path, "rglob", looking)
     config = small(*MANY, f"execution.client_states={where}", "train.rounds=6", "train.participation=0.04")
-    result = run(config, directory=path, observer=Watch(look))
+    result = run(config, directory=path, callbacks=[Watch(look)])
     assert looked == ["round-*"], "all clients' files are looked through once in a process"
     assert max(sizes) - min(sizes) <= 4, "a checkpoint does not grow with the clients seen, but for digits"
     again = [set(one["cohort"]) & set(other["cohort"]) for one, other in zip(result.records, result.records[1:])]
@@ -212,7 +213,7 @@ def test_the_disk_holds_the_states_and_memory_none() -> None:
     for where in ("memory", "disk"):
         counts: list[int] = []
         keys = [*MANY, "train.rounds=5", "eval.on=[]", f"execution.client_states={where}"]
-        run(small(*keys), observer=Watch(lambda _, counts=counts: counts.append(live())))  # type: ignore[misc]
+        run(small(*keys), callbacks=[Watch(lambda _, counts=counts: counts.append(live()))])  # type: ignore[misc]
         held[where] = counts
     tensors_of_a_state = 4  # the weights and biases of two layers
     assert held["memory"][-1] - held["memory"][1] >= 50 * tensors_of_a_state
@@ -248,11 +249,11 @@ def test_without_a_run_directory_the_states_lie_in_a_temporary_one(
         assert len(list(tmp_path.rglob("*.safetensors"))) == len(seen), "one file for each client that has a state"
 
     keys = [*FEW, "train.rounds=5"]
-    found = run(small(*keys, "execution.client_states=disk"), observer=Watch(look))
+    found = run(small(*keys, "execution.client_states=disk"), callbacks=[Watch(look)])
     assert not list(tmp_path.iterdir())
     assert same_weights(found.weights, run(small(*keys)).weights)
     with pytest.raises(KeyboardInterrupt):
-        run(small(*keys, "execution.client_states=disk"), observer=Watch(stop=2))
+        run(small(*keys, "execution.client_states=disk"), callbacks=[Watch(stop=2)])
     assert not list(tmp_path.iterdir())
 
 
@@ -272,7 +273,7 @@ def test_an_index_is_begun_anew_before_outdated_lines_outweigh_it(
         lines = (path / newest["file"]).read_bytes()[: newest["bytes"]].splitlines()
         assert len(lines) <= 2 * len({json.loads(line)["client"] for line in lines})
 
-    expected = run(small(*keys), directory=path, observer=Watch(look))
+    expected = run(small(*keys), directory=path, callbacks=[Watch(look)])
     assert len(begun) > 2
     kept = {json.loads(file.read_text())["clients"]["file"] for file in (path / "checkpoints").glob("*.json")}
     assert {f"checkpoints/{file.name}" for file in (path / "checkpoints").glob("*.jsonl")} == kept

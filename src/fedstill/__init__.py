@@ -6,6 +6,7 @@ clients, :class:`LocalTrainer` trains one of them, :class:`FedFTG` refines a mod
 
 from fedstill import presets
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo, StopRun
 from fedstill.client import ClientWork, LocalTrainer
 from fedstill.config import Config, load_config
 from fedstill.data import load_dataset, make_partition
@@ -15,10 +16,12 @@ from fedstill.experiment import Result, accuracies, resume, run
 from fedstill.federation import Federation
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.models import build_model
+from fedstill.trackers import MLflowTracker, WandbTracker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "ClientWork",
     "Config",
     "FedFTG",
@@ -27,8 +30,12 @@ __all__ = [
     "FedstillError",
     "InputError",
     "LocalTrainer",
+    "MLflowTracker",
     "Result",
     "RunError",
+    "RunInfo",
+    "StopRun",
+    "WandbTracker",
     "accuracies",
     "build",
     "build_model",

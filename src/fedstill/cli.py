@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -21,8 +22,7 @@ from fedstill.config import Config, load_config, to_toml
 from fedstill.errors import FedstillError, InputError
 
 if TYPE_CHECKING:
-    from fedstill.experiment import Observer
-    from fedstill.profiling import Profiler
+    from fedstill.callbacks import Callback
 
 app = typer.Typer(
     name="fedstill",
@@ -54,15 +54,21 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also say where a round's time goes, and trace the second round.")
     ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="Also log to mlflow or wandb; once for each.")
+    ] = None,
 ) -> None:
     """Run an experiment; without any argument the embedded default."""
     from fedstill.experiment import run as run_experiment
+    from fedstill.profiling import Profiler
 
-    config = configuration(arguments or [], preset)
+    tracked = [f"tracking.to={json.dumps(track)}"] if track else []
+    config = configuration([*(arguments or []), *tracked], preset)
     path = directory or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}-{config.data.name}"
-    with resumable(path), display(quiet) as observer:
-        profiler = profiler_of(path, observer) if profile else None
-        result = run_experiment(config, directory=path, observer=profiler or observer)
+    profiler = Profiler(path) if profile else None
+    with resumable(path):
+        callbacks = [*([profiler] if profiler else []), *display(quiet)]
+        result = run_experiment(config, directory=path, callbacks=callbacks)
     summary(result.records, path)
     if profiler:
         out.print(escape("\n".join(profiler.table())))
@@ -78,9 +84,35 @@ def resume(
     """Go on with a run that was stopped, to the same bits."""
     from fedstill.experiment import resume as resume_experiment
 
-    with resumable(directory), display(quiet) as observer:
-        result = resume_experiment(directory, observer=observer)
+    with resumable(directory):
+        result = resume_experiment(directory, callbacks=display(quiet))
     summary(result.records, directory)
+
+
+@app.command()
+def sweep(
+    study: Annotated[Path, typer.Argument(help="A study file; docs/studies.md says what stands in it.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for every run.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Results folder; by default runs/ and the file's name.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one per core.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="WORD...", help="Only runs with these words in label or directory.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and say what would be run.")] = False,
+) -> None:
+    """Run the runs of a study that are not there yet, or its search; exit code 1 where one failed."""
+    from fedstill.studies import Study
+    from fedstill.studies.command import by_command
+
+    with interruptible(lambda: f"go on with: {shlex.join(['fedstill', *sys.argv[1:]])}"):
+        words = [*only, *(one for one in overrides or [] if "=" not in one)] if only else []
+        planned = Study.load(study, *(one for one in overrides or [] if one not in words))
+        failed = by_command(planned, directory, workers, retry_failed, words, dry_run, out, err)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -167,7 +199,7 @@ def conformance(
     ] = None,
     method: Annotated[str | None, typer.Option(help="A method of your own, package.module:factory.")] = None,
     like: Annotated[str | None, typer.Option(help="The built-in method that it claims to be.")] = None,
-    references: Annotated[Path | None, typer.Option(help="Folder of reference cases.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Other reference cases than fedstill's own.")] = None,
     checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
 ) -> None:
     """Check that methods do what their papers say; exit code 1 where one does not."""
@@ -176,6 +208,69 @@ def conformance(
     if checks:
         print_checks(out)
     elif by_command(arguments or [], method, like, references, out):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN... | STUDY", help="Run directories, or a study's file or results.")
+    ],
+    form: Annotated[
+        str | None, typer.Option("--format", help="terminal, csv, markdown or latex; by default as --out ends.")
+    ] = None,
+    last: Annotated[int, typer.Option(help="Evaluated rounds in the mean of the last ones.")] = 5,
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", metavar="0.7 0.8...", help="Accuracies to be reached.")
+    ] = None,
+    on: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    baseline: Annotated[str | None, typer.Option(help="The variant that differences are taken from.")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Compare runs whose data differ, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All tables, not the first alone.")] = False,
+    file: Annotated[Path | None, typer.Option("--out", help="Write to this file.")] = None,
+) -> None:
+    """Compare runs, or the variants of a study: means over seeds, paired differences, costs."""
+    from fedstill.studies.compare import compare as compare_runs
+    from fedstill.studies.tables import as_text, form_of, print_tables, write
+
+    chosen = form_of(form, file)
+    goals, paths = accuracies_and_paths(arguments, targets)
+    found = compare_runs(paths, last=last, targets=goals, on=on, baseline=baseline, anyway=anyway)
+    if file is not None:
+        write(as_text(found, chosen, everything), file)
+        out.print(escape(f"the comparison is in {file}"))
+    elif chosen == "terminal":
+        print_tables(found, out, everything)
+    else:
+        sys.stdout.write(as_text(found, chosen, everything))
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str | None, typer.Argument(help="A table or figure, such as fedftg/table1.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List what there is, its cost and its data.")] = False,
+    only: Annotated[str | None, typer.Option(help="Only these cells, such as cifar10,beta=0.3,fedftg.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default the paper's, 1 if small.")] = None,
+    scale: Annotated[str, typer.Option(help="paper, or small: what a laptop finishes, no reproduction.")] = "paper",
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Results folder; by default runs/reproduce/PAPER.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one per core.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
+    show_only: Annotated[bool, typer.Option("--show", help="Print the table so far, and run nothing.")] = False,
+) -> None:
+    """Run a paper's table and print it with our numbers beside the paper's; what is there already is not run again."""
+    from fedstill.reproduce.command import by_command, plan_of, print_list, scale_of
+
+    form = scale_of(scale)
+    if list_all:
+        print_list(form, out)
+        return
+    plan = plan_of(table, only, form, seeds, directory)
+    with interruptible(lambda: f"go on with: {shlex.join(['fedstill', *sys.argv[1:]])}"):
+        failed = by_command(plan, out, err, workers, retry_failed=retry_failed, dry_run=dry_run, show=show_only)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -201,24 +296,23 @@ def configuration(arguments: list[str], preset: str | None) -> Config:
     return load_config(None, overrides, base)
 
 
-def profiler_of(path: Path, observer: Observer | None) -> Profiler:
-    """Return an observer that also measures where a round's time goes."""
-    from fedstill.experiment import Silent
-    from fedstill.profiling import Profiler
-
-    return Profiler(path, observer or Silent())
-
-
-@contextmanager
-def display(quiet: bool) -> Iterator[Observer | None]:
-    """Show progress on standard error, unless it should be quiet."""
-    if quiet:
-        yield None
-        return
+def display(quiet: bool) -> list[Callback]:
+    """Return what shows progress on standard error, unless it should be quiet."""
     from fedstill.progress import ProgressDisplay
 
-    with ProgressDisplay(err) as shown:
-        yield shown
+    return [] if quiet else [ProgressDisplay(err)]
+
+
+def accuracies_and_paths(arguments: list[str], targets: list[str] | None) -> tuple[list[float], list[str]]:
+    """Return the numbers of ``--targets 0.7 0.8``, of which all but the first come as arguments, and the paths."""
+    goals, paths = list(targets or []), list[str]()
+    for argument in arguments:
+        is_goal = bool(targets) and argument.replace(".", "", 1).isdigit() and not Path(argument).exists()
+        (goals if is_goal else paths).append(argument)
+    try:
+        return [float(goal) for text in goals for goal in text.replace(",", " ").split()], paths
+    except ValueError as error:
+        raise InputError(f"--targets: {error}; name accuracies such as 0.7") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record, evaluate
 from fedstill.execution import intra_op_threads
 from fedstill.execution.allocator import keep_freed_memory
-from fedstill.experiment import accuracies, run
-from fedstill.federation import Federation, FederationState
+from fedstill.experiment import run
 from fedstill.methods.base import LocalObjective
 from fedstill.payload import model_payload
 from fedstill.pool import run_jobs
 from fedstill.presets import preset
+from fedstill.progress import News, Reporter, Tell
 from fedstill.report import Bound, Curve, draw_curves, markdown, reading, rich_table
 from fedstill.runs.files import write_atomically
 
@@ -61,17 +61,6 @@ IN_ONE_PROCESS = (
 
 
 @dataclass(frozen=True)
-class News:
-    """How far a job is, in rounds, and its newest accuracy."""
-
-    rounds: float
-    accuracy: float | None = None
-
-
-Tell = Callable[[object], None]
-
-
-@dataclass(frozen=True)
 class RunJob:
     """One of the runs, with a run directory of its own; returns its records."""
 
@@ -81,27 +70,7 @@ class RunJob:
 
     def __call__(self, tell: Tell) -> list[Record]:
         """Run the experiment."""
-        return run(self.config, directory=self.directory, observer=Reporter(tell)).records
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """An observer that tells another process."""
-
-    tell: Tell
-
-    def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
-        """Tell that it begins; the notes are in the run's log."""
-        self.tell(News(state.round))
-
-    def client_done(self, round: int, done: int, of: int) -> None:
-        """Tell the part of the round that is done; the server's work is still to come."""
-        self.tell(News(round + done / (of + 1)))
-
-    def round_done(self, record: Record) -> None:
-        """Tell the accuracy."""
-        (round, accuracy), *_ = accuracies([record]).items()
-        self.tell(News(round, accuracy))
+        return run(self.config, directory=self.directory, callbacks=[Reporter(tell)]).records
 
 
 @dataclass(frozen=True)

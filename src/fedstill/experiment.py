@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from fedstill.build import build
+from fedstill.callbacks import Callback, Callbacks, RoundFunction, RunInfo, StopRun
 from fedstill.config import Config, config_from, load_config
 from fedstill.errors import FedstillError, InputError
 from fedstill.evaluation import Record
@@ -18,33 +19,8 @@ from fedstill.federation import Federation, FederationState
 from fedstill.presets import DEFAULT, preset
 from fedstill.runs.directory import RunDirectory
 from fedstill.runs.store import ClientFiles
+from fedstill.trackers import trackers_of
 from fedstill.weights import Weights
-
-
-class Observer(Protocol):
-    """Is told how a run goes on; the command line's progress display is one."""
-
-    def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
-        """Before the first round of this process."""
-
-    def client_done(self, round: int, done: int, of: int) -> None:
-        """After each client."""
-
-    def round_done(self, record: Record) -> None:
-        """After each round."""
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
-        """Show nothing."""
-
-    def client_done(self, round: int, done: int, of: int) -> None:
-        """Show nothing."""
-
-    def round_done(self, record: Record) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,8 @@ class Result:
     federation : Federation
         To go on with: evaluate, refine, look at the partition.
     directory : Path or None
+    stopped : str or None
+        The callback that ended the run early, and its reason; None for a run that reached its last round.
     """
 
     config: Config
@@ -69,6 +47,7 @@ class Result:
     weights: Weights
     federation: Federation
     directory: Path | None = None
+    stopped: str | None = None
 
     def accuracies(self, on: str = "test") -> dict[int, float]:
         """Return round -> accuracy of the final model of each evaluated round."""
@@ -89,7 +68,7 @@ def run(
     config: Config | Mapping[str, Any] | Path | str | None = None,
     *overrides: str,
     directory: Path | str | None = None,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback | RoundFunction] = (),
 ) -> Result:
     """Run an experiment from the start.
 
@@ -102,7 +81,9 @@ def run(
         Such as ``"train.rounds=3"``; not with a ready :class:`Config`.
     directory : path, optional
         Where the run is written; it must not exist. Without one nothing is written.
-    observer : Observer, optional
+    callbacks : sequence of Callback or function, optional
+        What is called as the run goes on; a function is called after each round with its number, its record
+        and a :class:`RunInfo`.
 
     Raises
     ------
@@ -115,75 +96,137 @@ def run(
     path = Path(directory) if directory is not None else None
     if path is not None and path.exists():
         raise InputError(f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'")
+    called = _callbacks(settings, callbacks)
     federation, notes = build(settings)
     if path is None:
-        return _go_on(federation, federation.start(), [], None, notes, observer or Silent())
+        return _Loop(federation, federation.start(), [], None, notes, called).run()
     with closing(RunDirectory.create(path, federation)) as files:
-        return _go_on(federation, federation.start(), [], files, notes, observer or Silent())
+        return _Loop(federation, federation.start(), [], files, notes, called).run()
 
 
-def resume(directory: Path | str, observer: Observer | None = None) -> Result:
+def resume(directory: Path | str, callbacks: Sequence[Callback | RoundFunction] = ()) -> Result:
     """Go on with a run from its newest checkpoint, to the same bits as if it had not been stopped.
+
+    Parameters
+    ----------
+    directory : path
+    callbacks : sequence of Callback or function, optional
+        As for :func:`run`.
 
     Raises
     ------
     InputError
         If there is no run there, or its checkpoint is corrupt or foreign.
+    RunError
+        The run cannot go on; its last good checkpoint is intact.
     """
     path = Path(directory)
     config = RunDirectory.read_config(path)
+    called = _callbacks(config, callbacks)
     federation, notes = build(config)
     with closing(RunDirectory.open(path, federation)) as files:
         state = files.store.load() or federation.start()
         records = files.cut_metrics(state.round)
         files.log(f"resumed after round {state.round}")
-        return _go_on(federation, state, records, files, notes, observer or Silent())
+        return _Loop(federation, state, records, files, notes, called).run()
 
 
-def _go_on(
-    federation: Federation,
-    state: FederationState,
-    records: list[Record],
-    files: RunDirectory | None,
-    notes: list[str],
-    observer: Observer,
-) -> Result:
-    keep_freed_memory()
-    config = federation.config
-    saved = state
-    observer.started(federation, state, notes)
-    federation.on_client = observer.client_done
-    if files:
-        for line in notes:
-            files.log(line)
-    leave = ExitStack()
-    try:
-        on_disk = _client_files(federation, files, leave)
-        while state.round < config.train.rounds:
-            following, record = federation.run_round(state)
-            if files:
-                files.record(record)
+def _callbacks(config: Config, given: Sequence[Callback | RoundFunction]) -> Callbacks:
+    """Return the configuration's trackers and what the caller gave; wrong ones are refused before anything is made."""
+    own = Callbacks.of(given).given
+    return Callbacks([*trackers_of(config.tracking, own), *own])
+
+
+@dataclass
+class _Loop:
+    """The loop over rounds: each is run, recorded, adopted and saved, and only then told to the callbacks."""
+
+    federation: Federation
+    state: FederationState
+    records: list[Record]
+    files: RunDirectory | None
+    notes: list[str]
+    callbacks: Callbacks
+
+    def __post_init__(self) -> None:
+        self.saved = self.state
+
+    def run(self) -> Result:
+        """Run what is left, and tell the callbacks how it ended."""
+        keep_freed_memory()
+        try:
+            stopped = self._stopped_or_finished()
+        except BaseException as error:
+            if problem := self.callbacks.run_ended(self.info(), error):
+                error.add_note(str(problem))
+            raise
+        self.log(f"stopped after round {self.state.round} by {stopped}" if stopped else "finished")
+        if problem := self.callbacks.run_ended(self.info(), stopped):
+            raise problem
+        path, reason = self.files.path if self.files else None, str(stopped) if stopped else None
+        weights = self.state.server.weights
+        return Result(self.federation.config, self.records, weights, self.federation, path, reason)
+
+    def info(self) -> RunInfo:
+        """Return what callbacks see."""
+        path = self.files.path if self.files else None
+        return RunInfo(self.federation, self.state, self.records, tuple(self.notes), path)
+
+    def log(self, line: str) -> None:
+        """Add a line to the log, where there is one."""
+        if self.files:
+            self.files.log(line)
+
+    def _stopped_or_finished(self) -> StopRun | None:
+        leave = ExitStack()
+        try:
+            for line in self.notes:
+                self.log(line)
+            self.callbacks.run_started(self.info())
+            self._rounds(_client_files(self.federation, self.files, leave))
+        except StopRun as asked:
+            self._save()
+            return asked if self.state.round < self.federation.config.train.rounds else None
+        except (KeyboardInterrupt, FedstillError) as error:
+            self._leave_resumable(error)
+            raise
+        finally:
+            self.federation.executor.close()
+            leave.close()
+        return None
+
+    def _rounds(self, on_disk: ClientFiles | None) -> None:
+        config = self.federation.config
+        self.federation.on_client = self.callbacks.client_ended
+        while self.state.round < config.train.rounds:
+            following, record = self.federation.run_round(self.state)
+            if self.files:
+                self.files.record(record)
             # Only now: a round that is stopped before its line is whole is done again by a resume.
-            state = following
+            self.state = following
             del following  # it holds what the cohort keeps
-            records.append(record)
+            self.records.append(record)
             if on_disk:
-                state = replace(state, clients=on_disk.put(state.clients, state.round, let_go=True))
-            if files and (state.round % config.checkpoint.every == 0 or state.round == config.train.rounds):
-                state = saved = files.store.save(state)
-            elif on_disk and not files:
+                clients = on_disk.put(self.state.clients, self.state.round, let_go=True)
+                self.state = replace(self.state, clients=clients)
+            if self.state.round % config.checkpoint.every == 0 or self.state.round == config.train.rounds:
+                self._save()
+            if on_disk and not self.files:
                 on_disk.remove(rounds=())
-            observer.round_done(record)
-    except (KeyboardInterrupt, FedstillError) as error:
-        if files:
-            _leave_resumable(files, state, saved, error)
-        raise
-    finally:
-        federation.executor.close()
-        leave.close()
-    if files:
-        files.log("finished")
-    return Result(config, records, state.server.weights, federation, files.path if files else None)
+            self.callbacks.round_ended(record, self.info())
+
+    def _save(self) -> None:
+        """Write a checkpoint of the last whole round, if it has none."""
+        if self.files and self.state is not self.saved:
+            self.state = self.saved = self.files.store.save(self.state)
+
+    def _leave_resumable(self, error: BaseException) -> None:
+        try:
+            self._save()
+            self.log(f"stopped after round {self.state.round}: {str(error) or type(error).__name__}")
+        except FedstillError:
+            # The disk that stopped the run refuses this too; the checkpoint before is intact, the first error goes up.
+            return
 
 
 def _client_files(federation: Federation, files: RunDirectory | None, leave: ExitStack) -> ClientFiles | None:
@@ -193,17 +236,6 @@ def _client_files(federation: Federation, files: RunDirectory | None, leave: Exi
     if files:
         return files.store.files
     return ClientFiles(Path(leave.enter_context(TemporaryDirectory(prefix="fedstill-"))), federation.device)
-
-
-def _leave_resumable(files: RunDirectory, state: FederationState, saved: FederationState, error: BaseException) -> None:
-    """Write the last whole round, if there is one that no checkpoint has, and say what happened in the log."""
-    try:
-        if state is not saved:
-            files.store.save(state)
-        files.log(f"stopped after round {state.round}: {str(error) or type(error).__name__}")
-    except FedstillError:
-        # The disk that stopped the run refuses this too; the checkpoint before is intact, the first error goes up.
-        return
 
 
 def _config(config: Config | Mapping[str, Any] | Path | str | None, overrides: tuple[str, ...]) -> Config:

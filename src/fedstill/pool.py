@@ -6,8 +6,9 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -17,7 +18,7 @@ from fedstill.errors import FedstillError, RunError
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
-Message = tuple[Literal["news", "done", "refused", "failed"], Any]
+Message = tuple[Literal["news", "done", "refused", "failed", "dead"], Any]
 
 
 class Job(Protocol[Result_co]):
@@ -27,21 +28,19 @@ class Job(Protocol[Result_co]):
         """Do the work; ``tell`` sends news to where it was started."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How a job ended that gave no result."""
+
+    error: Exception
+
+
 def run_jobs(
     jobs: Sequence[Job[Result]], workers: int, hear: Callable[[int, Any], None] = lambda job, news: None
 ) -> list[Result]:
-    """Run every job in one of ``workers`` new processes.
+    """Run every job in one of ``workers`` new processes; the first that fails ends all.
 
-    The processes end with this call, however it ends: finished, by an error in a job, or by Ctrl-C.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-        Started in this order.
-    workers : int
-        Jobs at a time.
-    hear : callable
-        ``hear(job, news)`` is called here, in the calling process, with the job's position and what it told.
+    Parameters and processes as :func:`outcomes` has them.
 
     Returns
     -------
@@ -53,11 +52,45 @@ def run_jobs(
     FedstillError
         What a job raised first, or RunError where a process ended before its job did.
     """
-    context = get_context("spawn")
-    waiting = deque(enumerate(jobs))
     results: dict[int, Result] = {}
+    with closing(outcomes(jobs, workers, hear)) as ended:
+        for position, outcome in ended:
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            results[position] = outcome
+    return [results[position] for position in range(len(jobs))]
+
+
+def outcomes(
+    jobs: Sequence[Job[Result]], workers: int, hear: Callable[[int, Any], None] = lambda job, news: None
+) -> Generator[tuple[int, Result | Failure], None, None]:
+    """Run every job in one of ``workers`` new processes, and yield how each ended as it does.
+
+    A job that fails, or that takes its process with it, does not stop the others. The processes end with this
+    generator, however it ends: finished, closed, or by Ctrl-C.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        Started in this order.
+    workers : int
+        Jobs at a time.
+    hear : callable
+        ``hear(job, news)`` is called here, in the calling process, with the job's position and what it told.
+
+    Yields
+    ------
+    (int, result or Failure)
+        A job's position, and what it returned or how it failed.
+    """
+    waiting = deque(enumerate(jobs))
     busy: dict[Connection, int] = {}
     processes: dict[Connection, SpawnProcess] = {}
+
+    def start() -> None:
+        pipe, process = _start()
+        processes[pipe] = process
+        go_on(pipe)
 
     def go_on(pipe: Connection) -> None:
         if waiting:
@@ -68,13 +101,7 @@ def run_jobs(
 
     try:
         for _ in range(min(workers, len(jobs))):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,), daemon=True)
-            with _interrupts_ignored():
-                process.start()
-            processes[here] = process
-            there.close()
-            go_on(here)
+            start()
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
@@ -82,27 +109,40 @@ def run_jobs(
                 if kind == "news":
                     hear(busy[pipe], content)
                     continue
-                if kind != "done":
-                    raise content if kind == "refused" else RuntimeError(f"in a worker process:\n{content}")
-                results[busy.pop(pipe)] = content
-                go_on(pipe)
+                position = busy.pop(pipe)
+                if kind != "dead":
+                    go_on(pipe)
+                else:
+                    pipe.close()
+                    if waiting:
+                        start()
+                yield position, content if kind == "done" else Failure(content)
     finally:
         for process in processes.values():
             process.terminate()
         for process in processes.values():
             process.join()
-    return [results[position] for position in range(len(jobs))]
+
+
+def _start() -> tuple[Connection, SpawnProcess]:
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,), daemon=True)
+    with _interrupts_ignored():
+        process.start()
+    there.close()
+    return here, process
 
 
 def _receive(pipe: Connection, process: SpawnProcess) -> Message:
     try:
-        message: Message = pipe.recv()
-    except (EOFError, ConnectionError) as error:
+        kind, content = pipe.recv()
+    except (EOFError, ConnectionError):
         process.join(timeout=5)
         code = process.exitcode or 0
         how = f"was killed by signal {-code}; was there enough memory?" if code < 0 else f"ended with exit code {code}"
-        raise RunError(f"a worker process {how}") from error
-    return message
+        return "dead", RunError(f"a worker process {how}")
+    return kind, RuntimeError(f"in a worker process:\n{content}") if kind == "failed" else content
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, record_function
 
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.client import ClientResult
 from fedstill.evaluation import Record
-from fedstill.experiment import Observer
-from fedstill.federation import Federation, FederationState
+from fedstill.federation import FederationState
 from fedstill.runs.directory import write_json
 from fedstill.runs.environment import environment
 
@@ -35,28 +35,28 @@ OTHER, FILES = "everything else", "metrics and checkpoint"
 FIRST_WARM_ROUND = 2
 
 
-class Profiler:
-    """An observer that times a run's phases and tells another observer what it is told.
+class Profiler(Callback):
+    """Times a run's phases; the first of a run's callbacks, so that the others do not count.
 
     Parameters
     ----------
     directory : Path
         The run's directory, which gets ``profile.json`` (rewritten after every round) and ``trace.json.gz``.
-    inner : Observer
     traced : int
         The round that is traced, counted from 1; the last one where there are fewer.
     """
 
-    def __init__(self, directory: Path, inner: Observer, traced: int = FIRST_WARM_ROUND) -> None:
-        self.directory, self.inner, self.traced = directory, inner, traced
+    def __init__(self, directory: Path, traced: int = FIRST_WARM_ROUND) -> None:
+        self.directory, self.traced = directory, traced
         self.rounds: list[Record] = []
         self._now: dict[str, float] = {}
         self._clients = 0.0
         self._ended = 0.0
         self._device = torch.device("cpu")
 
-    def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
+    def on_run_start(self, run: RunInfo) -> None:
         """Put clocks around the federation's methods."""
+        federation = run.federation
         self.traced = min(self.traced, federation.config.train.rounds)
         self._device = federation.device
         for method, phase in PHASES.items():
@@ -64,19 +64,13 @@ class Profiler:
         around: dict[str, Callable[[Any], Any]] = {"train": self._summed, "run_round": self._round}
         for method, wrapped in around.items():
             setattr(federation, method, wrapped(getattr(federation, method)))
-        self.inner.started(federation, state, notes)
 
-    def client_done(self, round: int, done: int, of: int) -> None:
-        """Pass it on."""
-        self.inner.client_done(round, done, of)
-
-    def round_done(self, record: Record) -> None:
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         """Note the round, and write what there is."""
         self._now[FILES] = time.perf_counter() - self._ended
-        number = int(str(record["round"]))
-        traced = number == self.traced
+        traced = round == self.traced
         self.rounds.append(
-            {"round": number, "traced": traced, "seconds": self._now, "seconds_of_clients": self._clients}
+            {"round": round, "traced": traced, "seconds": self._now, "seconds_of_clients": self._clients}
         )
         self._now, self._clients = {}, 0.0
         write_json(
@@ -88,7 +82,6 @@ class Profiler:
                 "rounds": self.rounds,
             },
         )
-        self.inner.round_done(record)
 
     def undisturbed(self) -> list[Record]:
         """Return the rounds that the figures are taken from: neither the first nor traced, where there are such."""

@@ -1,21 +1,22 @@
-"""The live display of a run in a terminal."""
+"""How a run is shown while it goes on: live in a terminal, or told to another process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.evaluation import Record
-from fedstill.federation import Federation, FederationState
+from fedstill.experiment import accuracies
 
 
-class ProgressDisplay:
-    """Shows a bar for the rounds, one for the cohort, and a line for each round; a context manager."""
+class ProgressDisplay(Callback):
+    """Shows a bar for the rounds, one for the cohort, and a line for each round."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -25,38 +26,75 @@ class ProgressDisplay:
         self._rounds: TaskID | None = None
         self._clients: TaskID | None = None
 
-    def __enter__(self) -> ProgressDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._rounds is not None:
-            self.bars.stop()
-
-    def started(self, federation: Federation, state: FederationState, notes: list[str]) -> None:
+    def on_run_start(self, run: RunInfo) -> None:
         """Show what begins, and what is worth knowing about its data."""
-        config = federation.config
+        federation, config = run.federation, run.federation.config
         self.bars.console.print(
             f"[bold]{escape(config.method)}[/] on {escape(config.data.name)}: {len(federation.info.samples)} clients, "
             f"{config.data.partition}, seed {config.seed.data}/{config.seed.train}"
         )
-        for line in notes:
+        for line in run.notes:
             self.bars.console.print(f"[yellow]note[/] {escape(line)}")
-        self.bars.start()
-        self._rounds = self.bars.add_task("rounds ", total=config.train.rounds, completed=state.round)
+        self._rounds = self.bars.add_task("rounds ", total=config.train.rounds, completed=run.state.round)
         self._clients = self.bars.add_task("clients", total=None)
+        self.bars.start()
 
-    def client_done(self, round: int, done: int, of: int) -> None:
+    def on_client_end(self, round: int, done: int, of: int) -> None:
         """Move the cohort's bar."""
         if self._clients is not None:
             self.bars.update(self._clients, completed=done, total=of)
 
-    def round_done(self, record: Record) -> None:
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         """Move the rounds' bar and print the round's line."""
         if self._rounds is not None:
             self.bars.advance(self._rounds)
         self.bars.console.print(round_line(record))
+
+    def on_run_end(self, run: RunInfo, error: BaseException | None) -> None:
+        """Leave the terminal as it was."""
+        self.bars.stop()
+
+
+Tell = Callable[[object], None]
+
+
+@dataclass(frozen=True)
+class News:
+    """How far a run is, in rounds, its newest accuracy, and the seconds of the round that has just ended."""
+
+    rounds: float
+    accuracy: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Reporter(Callback):
+    """Tells another process."""
+
+    tell: Tell
+
+    def on_run_start(self, run: RunInfo) -> None:
+        """Tell that it begins; the notes are in the run's log."""
+        self.tell(News(run.state.round))
+
+    def on_client_end(self, round: int, done: int, of: int) -> None:
+        """Tell the part of the round that is done; the server's work is still to come."""
+        self.tell(News(round - 1 + done / (of + 1)))
+
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
+        """Tell the accuracy, where one was measured, and the seconds."""
+        self.tell(News(round, newest_accuracy([record]), seconds_spent([record])))
+
+
+def newest_accuracy(records: list[Record]) -> float | None:
+    """Return a run's newest accuracy: on the test set, or else on what it was measured on."""
+    found = (accuracies(records, on) for on in ("test", "validation", "clients"))
+    return next((list(rounds.values())[-1] for rounds in found if rounds), None)
+
+
+def seconds_spent(records: Iterable[Record]) -> float:
+    """Return the seconds that some rounds took, evaluation included."""
+    return float(sum(sum(record["seconds"].values()) for record in records))
 
 
 def round_line(record: Record) -> str:

@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedstill import cli
 from fedstill.build import build
+from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import to_toml
 from fedstill.errors import InputError, RunError
-from fedstill.experiment import Result, Silent, resume, run
+from fedstill.experiment import Result, resume, run
 from fedstill.federation import FederationState, Record
 from fedstill.runs import RunDirectory, read_metrics
 from fedstill.runs.checkpoint import CheckpointStore
@@ -32,24 +33,24 @@ SCAFFOLD_FEDFTG = ["method=scaffold+fedftg", "fedftg.mode=paper", "train.rounds=
 METHODS = {"fedavg": FEDAVG, "scaffold+fedftg": SCAFFOLD_FEDFTG}
 
 
-class Stop(Silent):
+class Stop(Callback):
     """Presses Ctrl-C: after a client of a round (counted from 0), or after a round (counted from 1)."""
 
     def __init__(self, client_of: int | None = None, after: int | None = None) -> None:
         self.client_of, self.after = client_of, after
 
-    def client_done(self, round: int, done: int, of: int) -> None:
-        if round == self.client_of and done == 1:
+    def on_client_end(self, round: int, done: int, of: int) -> None:
+        if round - 1 == self.client_of and done == 1:
             raise KeyboardInterrupt
 
-    def round_done(self, record: Record) -> None:
+    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         if record["round"] == self.after:
             raise KeyboardInterrupt
 
 
 def stopped(path: Path, keys: list[str], stop: Stop) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(small(*keys), directory=path, observer=stop)
+        run(small(*keys), directory=path, callbacks=[stop])
 
 
 def store_of(path: Path) -> CheckpointStore:
@@ -145,7 +146,7 @@ def test_a_run_can_be_stopped_many_times(tmp_path: Path, whole_runs: dict[str, t
     stopped(path, SCAFFOLD_FEDFTG, Stop(client_of=0))
     for round in (1, 2, 3):
         with pytest.raises(KeyboardInterrupt):
-            resume(path, Stop(after=round))
+            resume(path, [Stop(after=round)])
     assert_same_run(path, resume(path), *whole_runs["scaffold+fedftg"])
 
 
@@ -527,16 +528,15 @@ def test_a_signal_leaves_a_resumable_run_and_says_how(
 
 HIT = """
 import os, resource, signal, sys
-from contextlib import contextmanager
 from pathlib import Path
 from fedstill import cli
-from fedstill.experiment import Silent
+from fedstill.callbacks import Callback
 
 path, by = Path(sys.argv.pop(1)), sys.argv.pop(1)
 
-class Hit(Silent):
-    def client_done(self, round, done, of):
-        if round != 2 or done != 1:
+class Hit(Callback):
+    def on_client_end(self, round, done, of):
+        if round != 3 or done != 1:
             return
         if by == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -544,11 +544,7 @@ class Hit(Silent):
         room = {"no room at all": 0, "room for all but a checkpoint": largest - 1}[by]
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
-@contextmanager
-def display(quiet):
-    yield Hit()
-
-cli.display = display
+cli.display = lambda quiet: [Hit()]
 cli.main()
 """
 
@@ -600,16 +596,16 @@ def test_events_that_cannot_be_written_stop_a_run_like_anything_else(
 ) -> None:
     path = tmp_path / "run"
 
-    class Full(Silent):
-        def client_done(self, round: int, done: int, of: int) -> None:
-            if round == 2 and done == 1:
+    class Full(Callback):
+        def on_client_end(self, round: int, done: int, of: int) -> None:
+            if round == 3 and done == 1:
                 file = next((path / "tensorboard").iterdir())
                 file.unlink()
                 file.symlink_to("/dev/full")
 
     before = threading.active_count()
     with pytest.raises(RunError, match=r"tensorboard: cannot be written \(No space left on device\)"):
-        run(small(*FEDAVG), directory=path, observer=Full())
+        run(small(*FEDAVG), directory=path, callbacks=[Full()])
     assert threading.active_count() == before, "no writer thread is left to complain later"
     assert checkpoints(path) == [1, 2]
     next((path / "tensorboard").iterdir()).unlink()
@@ -662,14 +658,14 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(
 def test_a_run_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
     where = tmp_path / "run"
 
-    class Meddler(Silent):
+    class Meddler(Callback):
         refused: str = ""
 
-        def round_done(self, record: dict[str, object]) -> None:
+        def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
             with pytest.raises(InputError, match="another process is running it"):
                 resume(where)
             Meddler.refused = "yes"
 
-    run(small(), directory=where, observer=Meddler())
+    run(small(), directory=where, callbacks=[Meddler()])
     assert Meddler.refused
     assert len(resume(where).records) == small().train.rounds

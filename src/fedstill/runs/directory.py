@@ -6,6 +6,7 @@
 ``partition.json``       protocol, fingerprint, class counts by client
 ``metrics.jsonl``        one line per round
 ``tensorboard/``         the same as TensorBoard events
+``tracking/``            which MLflow and W&B runs are told of it (:mod:`fedstill.trackers`)
 ``checkpoints/``         the last checkpoints (``clients/``: the clients' states)
 ``log.txt``              what happened, with times
 ======================== ==========================================================
@@ -181,7 +182,7 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
     only_measured = set(EvalSettings.model_fields) - {"models"}  # "all" needs what clients have kept from the start
     computed = config.model_dump(
         mode="json",
-        exclude={"eval": only_measured, "execution": free, "checkpoint": True, "data": {"root"}},
+        exclude={"eval": only_measured, "execution": free, "checkpoint": True, "tracking": True, "data": {"root"}},
     )
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     states: Literal["memory", "disk"] = "disk" if config.execution.client_states == "disk" else "memory"
