@@ -317,7 +317,8 @@ def check_held_out(config: Config, method: Method, data: Data) -> None:
     if config.refinement.accept == "server":
         needs.append("refinement.accept = 'server'")
     if needs and not len(data.splits.server_validation):
-        raise InputError(f"{needs[0]} needs samples that the server holds out: set data.server_validation")
+        without = ", or feddf.patience = 0 and feddf.drop_below = 0" if needs[0] == "feddf" else ""
+        raise InputError(f"{needs[0]} needs samples that the server holds out: set data.server_validation{without}")
 
 
 def with_fixed_steps(config: Config, method: Method, info: FederationInfo) -> Config:
