@@ -9,7 +9,7 @@ import pytest
 from fedstill.config import load_config
 from fedstill.errors import InputError
 from fedstill.presets import preset
-from fedstill.studies import Study
+from fedstill.studies import Study, sweep
 from fedstill.studies.plan import folder_of, slug
 
 STUDY = """
@@ -203,6 +203,8 @@ def test_overrides_that_cannot_work_are_refused(tmp_path: Path) -> None:
     assert "is not an override" in refusal(tmp_path, "", "data.beta")
     assert "data.beta is an axis of the study" in refusal(tmp_path, STUDY, "data.beta=1")
     assert "have the same configuration" in refusal(tmp_path, TWO, "method=fedavg")
+    with pytest.raises(InputError, match="not with a ready Study"):
+        sweep(Study.load(written(tmp_path, "")), "data.beta=1")
     with pytest.raises(InputError, match="there is no such file"):
         Study.load(tmp_path / "other.toml")
 

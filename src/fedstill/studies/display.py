@@ -75,6 +75,8 @@ class StudyDisplay:
     pace : Pace
         What is known of their kinds.
     workers : int
+    title : str
+        Of the bar for all.
     """
 
     def __init__(

@@ -257,6 +257,15 @@ class Study:
         planned = [study.planned(trial) for trial in trials]
         return replace(study, cells=planned[0])
 
+    @staticmethod
+    def of(study: Study | Path | str, *overrides: str) -> Study:
+        """Return a study as it is, or load its file."""
+        if not isinstance(study, Study):
+            return Study.load(study, *overrides)
+        if overrides:
+            raise InputError("overrides go with a study's file, not with a ready Study")
+        return study
+
     @property
     def title(self) -> str:
         """Its title, or the name of its file."""

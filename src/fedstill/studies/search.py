@@ -121,7 +121,7 @@ def search(
     RunError
         The disk is full; the finished runs are good.
     """
-    study = study if isinstance(study, Study) else Study.load(study, *overrides)
+    study = Study.of(study, *overrides)
     table = ready(study)
     study = replace(study, overrides={**study.overrides, "eval.on": ["validation"]})
     study = replace(study, cells=study.planned(study.cells[0].point))

@@ -1,7 +1,7 @@
 """The runs of a study, several at a time in processes: what is finished is skipped, what was stopped goes on.
 
-A run that fails leaves ``failed.txt`` in its directory and does not stop the others. Every run has a process to itself
-while it runs; results do not depend on how many there are.
+A run that fails leaves ``failed.txt`` in its directory and does not stop the others. Results do not depend on how many
+processes there are.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def sweep(
     RunError
         The disk is full; the finished runs are good.
     """
-    study = study if isinstance(study, Study) else Study.load(study, *overrides)
+    study = Study.of(study, *overrides)
     folder = results_folder(study, out)
     todo, others = chosen(survey(study, folder), retry_failed, only)
     check([one.cell for one in todo])
