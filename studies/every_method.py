@@ -14,6 +14,7 @@ FASHION: dict[str, list[str]] = {
     "FedAvg+FedDF, data-free": ["method=fedavg+feddf", "feddf.mode=fedftg"],
     "FedAvg+FedFTG, feature level": ["method=fedavg+fedftg", "fedftg.mode=tuned", "fedftg.level=feature"],
     "FedDyn+FedFTG, tuned": ["method=feddyn+fedftg", "fedftg.mode=tuned"],
+    "FedAvg+FedFTG, paper without mining": ["method=fedavg+fedftg", "fedftg.mode=paper", "fedftg.lambda_md=0.0"],
     "FedAvg+FedFTG, paper, accepted by clients": [
         "method=fedavg+fedftg", "fedftg.mode=paper", "refinement.accept=clients", "data.client_validation=0.1",
     ],

@@ -171,7 +171,8 @@ def train_locally(
     labels = [y[:0]]
     sums: Tensors = {}
     for step, batch in enumerate(order):
-        inputs = x[batch] if generator is None else augment(x[batch], augmentation, generator)
+        inputs = x.index_select(0, batch)  # far faster than x[batch] on a CPU
+        inputs = inputs if generator is None else augment(inputs, augmentation, generator)
         inputs = channels_innermost(inputs) if channels_last else inputs
         given = {**extras, "draws": {name: value[step] for name, value in draws.items()}} if draws else extras
         labels.append(y[batch])

@@ -237,13 +237,14 @@ class Batch:
         batches = [job.order[self.done[place]] for job, place in zip(own, members, strict=True)]
         if own[0].augmentation is None:
             at = torch.stack([cast(Share, job.site.own).rows[batch] for job, batch in zip(own, batches, strict=True)])
-            return train.samples.x[at], train.samples.y[at]
-        x = [
+            x = train.samples.x.index_select(0, at.view(-1))  # far faster than x[at] on a CPU
+            return x.view(*at.shape, *x.shape[1:]), train.samples.y[at]
+        images = [
             augment(job.site.own.x[batch], job.site.augmentation, cast(torch.Generator, job.augmentation))
             for job, batch in zip(own, batches, strict=True)
         ]
         y = [job.site.own.y[batch] for job, batch in zip(own, batches, strict=True)]
-        return torch.stack(x), torch.stack(y)
+        return torch.stack(images), torch.stack(y)
 
     def draws(self, members: list[int]) -> Stack:
         """Return the rows of the clients' random numbers that belong to their next steps."""

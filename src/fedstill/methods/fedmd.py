@@ -101,8 +101,8 @@ class FedMDSettings(ModedSettings):
     """Weight of each client in the consensus, c_k, one number per client; by default the same for all."""
     digest_loss: Literal["mae", "mse", "kl"] = "mae"
     """Distance to the consensus: mean absolute or squared error of logits, or KL(softmax f~ || softmax f_k)."""
-    digest_epochs: int = Field(1, ge=1)
-    """Epochs on the consensus."""
+    digest_epochs: int = Field(1, ge=0)
+    """Epochs on the consensus; 0 leaves the digest out: the control in which nobody learns from anybody."""
     digest_batch_size: int = Field(256, ge=1)
     """Batch of the digest."""
     revisit_epochs: int = Field(2, ge=1)
