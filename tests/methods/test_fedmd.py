@@ -228,6 +228,22 @@ def test_the_consensus_by_hand() -> None:
         assert problem_with(uploads[0].payload, fusion.upload_like(server)) is None
 
 
+def test_without_a_digest_nobody_learns_from_anybody() -> None:
+    weights = ["fedmd.consensus_weights=[1.0, 1.0, 1.0]", "fedmd.consensus_weights=[9.0, 1.0, 5.0]"]
+
+    def ends(*keys: str) -> list[State]:
+        federation, state, _ = play(*KEYS, *keys)
+        return [state.clients[client] for client in range(len(federation.info.samples))]
+
+    for epochs, same in (("0", True), ("1", False)):
+        one, other = (ends(f"fedmd.digest_epochs={epochs}", consensus) for consensus in weights)
+        assert same is all(
+            torch.equal(left["params"][name], right["params"][name])
+            for left, right in zip(one, other, strict=True)
+            for name in left["params"]
+        )
+
+
 def test_an_upload_of_another_shape_is_refused() -> None:
     for public, rows in ((50, 20), (12, 12)):  # align_samples, capped by the public set
         fusion = FedMDFusion(FedMDSettings(align_samples=20), 1)
