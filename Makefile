@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types setup
+.PHONY: demo test lint types setup docs docs-reference
 
 demo: $(READY) ## Compare seven methods on handwritten digits; the results go into a new folder under demo-runs/
 	$(BIN)/fedstill demo
@@ -21,6 +21,12 @@ lint: $(READY) ## Check style and format
 types: $(READY) ## Check types
 	$(BIN)/mypy
 
+docs: $(READY) ## Build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-reference: $(READY) ## Write the pages that are made from the code: docs/configuration.md, docs/commands.md
+	$(BIN)/python tools/reference.py
+
 setup: $(READY) ## Make .venv with the pinned packages
 
 # The build's own packages first, so that they are the pinned ones too.
@@ -28,5 +34,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) hatchling editables
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-build-isolation --editable '.[dev,docs]'
 	@touch $@

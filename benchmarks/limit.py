@@ -57,8 +57,10 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "resnet18-cifar": (CIFAR, ["model.name=resnet18", "model.norm=gn", "model.stem=cifar"]),
 }
 REFERENCE = "plain loop"
-FARTHEST = {"cpu": 1e-2, "cuda": 0.1}
-"""How far from the plain loop a model may be, in units of the way it has come; on a GPU convolutions round to TF32."""
+FARTHEST = {"cpu": 0.1, "cuda": 0.1}
+"""How far from the plain loop a model may be after a round, in units of the way it has come. Rounding alone takes some
+clients of a CNN that far in float32 (a ReLU or a maximum falls the other way, in the plain loop as often as here); in
+float64 all agree to 1e-14."""
 
 
 class PlainLoop:

@@ -135,7 +135,7 @@ def demo(
 def partition(
     arguments: Arguments = None,
     preset: Preset = None,
-    picture: Annotated[Path, typer.Option("--out", help="PNG, SVG or PDF.")] = Path("partition.png"),
+    picture: Annotated[Path, typer.Option("--out", help="The picture, .png or .svg.")] = Path("partition.png"),
 ) -> None:
     """Draw who holds how many samples of which class."""
     from fedstill.build import partition_of
@@ -243,6 +243,26 @@ def compare(
         print_tables(found, out, everything)
     else:
         sys.stdout.write(as_text(found, chosen, everything))
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="RUN... | STUDY", help="Run directories, or a study's file or results.")
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder; by default report/ in the study, in the run, or beside runs.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="By default the study's.")] = None,
+    on: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    baseline: Annotated[str | None, typer.Option(help="The variant that differences are taken from.")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Report runs whose data differ, too.")] = False,
+) -> None:
+    """Write a study, or runs, as one HTML file with figures, and the figures as SVG and PDF beside it."""
+    from fedstill.report.html import write_report
+
+    page = write_report(paths, folder, title=title, on=on, baseline=baseline, anyway=anyway)
+    out.print(escape(f"the report is in {page}, its figures in {page.parent / 'figures'}"))
 
 
 @app.command()

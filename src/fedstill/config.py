@@ -229,8 +229,7 @@ class Config(Settings):
     schema_version: Literal[1] = 1
     """Version of this schema."""
     method: str = "fedavg+fedftg"
-    """Base method and refinements, joined by +: fedavg, fedprox, scaffold, feddyn, moon, fedgen, feddistill, fedmd;
-    feddf, fedftg."""
+    """Base method and refinements, joined by +; `fedstill methods` lists them; or package.module:factory."""
     seed: SeedSettings = SeedSettings()
     data: DataSettings = DataSettings()
     public: PublicSettings = PublicSettings()
