@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, Normalize, PowerNorm
@@ -45,16 +45,30 @@ def draw_partition(counts: IntArray, class_names: Sequence[str], path: Path, tit
     """
     if path.suffix.lower() not in {".png", ".svg"}:
         raise InputError(f"{path}: the picture is a .png or .svg file")
+    partition_figure(counts, class_names, title).savefig(path, dpi=200)
+
+
+def partition_figure(counts: IntArray, class_names: Sequence[str], title: str = "", width: float = WIDTH) -> Figure:
+    """Return the picture that :func:`draw_partition` writes, ``width`` inches wide, in the letters' size of the style.
+
+    Parameters
+    ----------
+    counts, class_names, title
+        As there.
+    width : float
+    """
     clients, classes = counts.shape
     named = classes <= NAMED_CLASSES
+    numbered = int(NUMBERED_CLIENTS * width / WIDTH * 10 / rcParams["font.size"])
     heights = [1, 0.3 * classes + 1 if named else 4]
-    figure = Figure(figsize=(WIDTH, 1.9 + (0.24 * classes if named else 3.2)), layout="constrained")
+    height = (1.9 + (0.24 * classes if named else 3.2)) * rcParams["font.size"] / 10
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     sizes_axes, map_axes = figure.subplots(2, 1, sharex=True, height_ratios=heights)
 
     sizes_axes.bar(np.arange(clients), counts.sum(axis=1), width=0.8 if clients <= 50 else 1, color="0.45")
     sizes_axes.set_ylabel("samples")
-    sizes_axes.set_title(title, fontsize=10)
+    sizes_axes.set_title(title, fontsize="medium")
     sizes_axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     sizes_axes.spines[["top", "right"]].set_visible(False)
     sizes_axes.tick_params(axis="x", labelbottom=False)
@@ -68,19 +82,19 @@ def draw_partition(counts: IntArray, class_names: Sequence[str], path: Path, tit
     )
     map_axes.set_xlabel("client")
     map_axes.set_ylabel("class")
-    map_axes.xaxis.set_major_locator(MaxNLocator(min(clients, 20), integer=True))
+    map_axes.xaxis.set_major_locator(MaxNLocator(min(clients, numbered), integer=True))
     if named:
         map_axes.set_yticks(range(classes), class_names)
     else:
         map_axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
-    if clients <= NUMBERED_CLIENTS and named:
+    if clients <= numbered and named:
         _write_counts(map_axes, counts, norm)
     figure.colorbar(image, ax=map_axes, label="samples of the class at the client", pad=0.01)
-    figure.savefig(path, dpi=200)
+    return figure
 
 
 def _write_counts(axes: Axes, counts: IntArray, norm: Normalize) -> None:
-    size = 7 if counts.max() < 1000 else 6
+    size = (0.78 if counts.max() < 1000 else 0.66) * rcParams["font.size"]
     for client, row in enumerate(counts):
         for label, count in enumerate(row):
             if count:

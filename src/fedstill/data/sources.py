@@ -46,7 +46,7 @@ telephone television tiger tractor train trout tulip turtle wardrobe whale willo
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What is known of a data set before its file is read; ``shape`` is that of a stored image."""
 
     summary: str
@@ -58,9 +58,16 @@ class _Source:
 
 
 _DIGITS = "digits"
-_DIGITS_SUMMARY = "8x8 grey handwritten digits, 10 classes, 1,797 images; comes with fedstill"
-_SOURCES: dict[str, _Source] = {
-    "mnist": _Source(
+_SOURCES: dict[str, Source] = {
+    _DIGITS: Source(
+        "8x8 grey handwritten digits, 10 classes, 1,797 images; comes with fedstill",
+        "",
+        (8, 8),
+        _DIGIT_NAMES,
+        (0.3053,),
+        (0.3760,),
+    ),
+    "mnist": Source(
         "28x28 grey handwritten digits, 10 classes, 60,000 + 10,000 images; from a folder",
         "http://yann.lecun.com/exdb/mnist/",
         (28, 28),
@@ -68,7 +75,7 @@ _SOURCES: dict[str, _Source] = {
         (0.1307,),
         (0.3081,),
     ),
-    "fashion_mnist": _Source(
+    "fashion_mnist": Source(
         "28x28 grey pictures of clothes, 10 classes, 60,000 + 10,000 images; from a folder",
         "https://github.com/zalandoresearch/fashion-mnist",
         (28, 28),
@@ -76,7 +83,7 @@ _SOURCES: dict[str, _Source] = {
         (0.2860,),
         (0.3530,),
     ),
-    "cifar10": _Source(
+    "cifar10": Source(
         "32x32 colour photographs, 10 classes, 50,000 + 10,000 images; from a folder",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
         (32, 32, 3),
@@ -84,7 +91,7 @@ _SOURCES: dict[str, _Source] = {
         (0.491, 0.482, 0.447),
         (0.247, 0.243, 0.262),
     ),
-    "cifar100": _Source(
+    "cifar100": Source(
         "32x32 colour photographs, 100 classes, 50,000 + 10,000 images; from a folder",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
         (32, 32, 3),
@@ -97,7 +104,14 @@ _SOURCES: dict[str, _Source] = {
 
 def list_datasets() -> list[tuple[str, str]]:
     """Return (name, one-line summary) of every data set."""
-    return [(_DIGITS, _DIGITS_SUMMARY), *((name, source.summary) for name, source in _SOURCES.items())]
+    return [(name, source.summary) for name, source in _SOURCES.items()]
+
+
+def source_of(name: str) -> Source:
+    """Return what is known of a data set without its file; an InputError for an unknown name."""
+    if name not in _SOURCES:
+        raise unknown("data set", name, _SOURCES)
+    return _SOURCES[name]
 
 
 def load_dataset(name: str, root: Path | str | None = None, classes: Sequence[int] | None = None) -> DataSet:
@@ -130,17 +144,15 @@ def load_raw(name: str, root: Path | str | None = None, classes: Sequence[int] |
 
 
 def _whole(name: str, root: Path | str | None) -> RawDataSet:
+    source = source_of(name)
     if name == _DIGITS:
-        return _digits()
-    if name not in _SOURCES:
-        raise unknown("data set", name, [known for known, _ in list_datasets()])
+        return _digits(source)
     folder = root or os.environ.get(ROOT_VARIABLE)
     if not folder:
         raise InputError(
             f"data set {name!r} is read from a folder, and none was given: "
             f"set data.root or the environment variable {ROOT_VARIABLE} to the folder with {name}.npz"
         )
-    source = _SOURCES[name]
     path = Path(folder).expanduser() / f"{name}.npz"
     arrays = _read(path, source)
     _verify(path, arrays)
@@ -159,7 +171,7 @@ def _whole(name: str, root: Path | str | None) -> RawDataSet:
     )
 
 
-def _digits() -> RawDataSet:
+def _digits(source: Source) -> RawDataSet:
     with resources.files("fedstill.data").joinpath("digits.npz").open("rb") as file, np.load(file) as stored:
         x: ByteArray = stored["x"]
         y: IntArray = stored["y"].astype(np.int64)
@@ -169,15 +181,15 @@ def _digits() -> RawDataSet:
         y_train=y,
         x_test=x[:0],
         y_test=y[:0],
-        class_names=_DIGIT_NAMES,
-        mean=(0.3053,),
-        std=(0.3760,),
+        class_names=source.class_names,
+        mean=source.mean,
+        std=source.std,
         scale=16.0,
         held_out=397,
     )
 
 
-def _read(path: Path, source: _Source) -> dict[str, Stored]:
+def _read(path: Path, source: Source) -> dict[str, Stored]:
     """Return the four arrays of the file, its images decoded; their contents are not checked yet."""
     if not path.is_file():
         raise InputError(

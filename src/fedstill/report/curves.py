@@ -76,7 +76,10 @@ def draw_curves(curves: Sequence[Curve], bounds: Sequence[Bound], path: Path, ti
             clip_on=False,
             zorder=3,
         )
-    _label_ends(axes, styled, low, high)
+    ends_of = [
+        End(curve.last, f"{curve.last:.1%}  {curve.name}", style.colour, style.marker) for curve, style in styled
+    ]
+    label_ends(axes, ends_of, GAP)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
@@ -120,16 +123,41 @@ def _draw_bound(axes: Axes, bound: Bound, low: float, last: int) -> None:
     axes.text(0.008, bound.last, name, transform=across, va="bottom", **style)
 
 
-def _label_ends(axes: Axes, ended: Sequence[tuple[Curve, Style]], low: float, high: float) -> None:
-    """Write every curve's name and last accuracy beside its end, moved apart where ends are close."""
-    order = sorted(ended, key=lambda pair: pair[0].last)
-    wanted = [(curve.last - low) / (high - low) for curve, _ in order]
+@dataclass(frozen=True)
+class End:
+    """What stands beside the end of a curve: its last value, the words, the curve's colour and marker."""
+
+    value: float
+    text: str
+    colour: str
+    marker: str = "o"
+
+
+def label_ends(
+    axes: Axes, ends: Sequence[End], gap: float, colour: str = "0.15", size: float | None = 9, step: float = 0.015
+) -> None:
+    """Write words beside the ends of curves, right of the axes; moved apart where ends are close.
+
+    Parameters
+    ----------
+    axes : Axes
+        Its range of values stays as it is.
+    ends : sequence of End
+    gap : float
+        Between two of them, as a part of the axes' height.
+    colour, size
+        Of the letters; None for the size of the style.
+    step : float
+        Between a marker and its words, as a part of the axes' width.
+    """
+    low, high = axes.get_ylim()
+    order = sorted(ends, key=lambda end: end.value)
+    wanted = [(end.value - low) / (high - low) for end in order]
     outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-    for (curve, style), end, height in zip(order, wanted, spread(wanted, GAP), strict=True):
-        axes.plot([1.01, 1.045], [end, height], color=style.colour, linewidth=0.7, **outside)
-        axes.plot([1.06], [height], color=style.colour, marker=style.marker, markersize=5, **outside)
-        text = f"{curve.last:.1%}  {curve.name}"
-        axes.text(1.075, height, text, color="0.15", fontsize=9, va="center", transform=axes.transAxes)
+    for end, at, height in zip(order, wanted, spread(wanted, gap), strict=True):
+        axes.plot([1 + 0.7 * step, 1 + 3 * step], [at, height], color=end.colour, linewidth=0.7, **outside)
+        axes.plot([1 + 4 * step], [height], color=end.colour, marker=end.marker, markersize=5, **outside)
+        axes.text(1 + 5 * step, height, end.text, color=colour, fontsize=size, va="center", transform=axes.transAxes)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

@@ -188,6 +188,28 @@ class CheckpointStore:
         self.files.remove(rounds)
 
 
+def newest_state(root: Path) -> FederationState | None:
+    """Return the state of a run's newest checkpoint to look at, on the CPU; None where there is none.
+
+    Nothing but the run itself is asked what experiment it is: to go on with it, :class:`CheckpointStore` compares.
+    Clients' files are opened when they are read.
+
+    Raises
+    ------
+    InputError
+        For a corrupt checkpoint.
+    """
+    store = CheckpointStore(root, 1, "", client_states="disk")
+    manifests = store._manifests()
+    if not manifests:
+        return None
+    try:
+        store.fingerprint = str(json.loads(manifests[-1].read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{manifests[-1]}: not a checkpoint, or a damaged one") from error
+    return store.load()
+
+
 def _server_tensors(state: FederationState) -> Tensors:
     tensors: Tensors = {}
     for place, model in enumerate(state.models):

@@ -1,0 +1,286 @@
+"""Figures of lines with bands over the seeds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedstill.report.curves import MARKERS, End, label_ends
+from fedstill.report.html.content import Gain, Points
+from fedstill.report.html.style import COLUMN, FAINT, FONT, GRID, INK, PAGE, SERIES, Palette
+from fedstill.studies.statistics import Spread
+
+DRAWN, SMALL = 160, 50
+"""Points of a line, and of one in a small panel; of more rounds evenly spaced ones are drawn, with both ends."""
+MARKED = 25  # points; lines of more have no markers
+POINTS = 72  # in an inch
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a figure.
+
+    Parameters
+    ----------
+    label : str
+        As shown.
+    key : str
+        What its colour goes by.
+    x : list of float
+    y : list of Spread
+    base : str or None
+        Label of the line that it is compared with.
+    """
+
+    label: str
+    key: str
+    x: list[float]
+    y: list[Spread]
+    base: str | None = None
+
+    @staticmethod
+    def of(label: str, key: str, x: Sequence[float], y: Sequence[Spread], base: str | None = None) -> Line:
+        """Return a line with few enough points."""
+        return Line(label, key, list(x), list(y), base).thinned(DRAWN)
+
+    def thinned(self, most: int) -> Line:
+        """Return the line with at most so many points."""
+        places = thinned(len(self.x), most)
+        return replace(self, x=[self.x[at] for at in places], y=[self.y[at] for at in places])
+
+    @property
+    def means(self) -> list[float]:
+        """The middle of the band."""
+        return [one.mean for one in self.y]
+
+    @property
+    def low(self) -> list[float]:
+        """The band's lower edge: one standard deviation below."""
+        return [one.mean - (one.std or 0.0) for one in self.y]
+
+    @property
+    def high(self) -> list[float]:
+        """The band's upper edge."""
+        return [one.mean + (one.std or 0.0) for one in self.y]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis says, and whether its numbers are parts of 1 or whole."""
+
+    label: str
+    per_cent: bool = False
+    whole: bool = False
+    begins_at_zero: bool = False
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """Return which of so many points are drawn."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})
+
+
+def lines(shown: Sequence[Line], palette: Palette, x: Axis, y: Axis, *, wide: bool = False) -> Figure:
+    """Draw lines labelled at their ends; where colours do not tell them apart, one panel for each.
+
+    Parameters
+    ----------
+    shown : sequence of Line
+    palette : Palette
+    x, y : Axis
+    wide : bool
+        Two columns of a paper wide; else one.
+    """
+    return _one_panel(shown, palette, x, y, wide) if palette.tells else _panels(shown, x, y, wide)
+
+
+def _one_panel(shown: Sequence[Line], palette: Palette, x: Axis, y: Axis, wide: bool) -> Figure:
+    letters = 34 if wide else 16
+    width, height = (PAGE, 3.3) if wide else (COLUMN, 2.5)
+    texts = [f"{_number(line.means[-1], y)}  {wrapped(line.label, letters)}" for line in shown]
+    tallest = max(text.count("\n") + 1 for text in texts)
+    height = max(height, 0.7 + (tallest * FONT * 1.25 + 2) * len(shown) / POINTS)
+    figure, axes = _figure(width, height)
+    _ranges(axes, shown, x, y)
+    for place, line in enumerate(shown):
+        _draw(axes, line, palette[line.key], MARKERS[place % len(MARKERS)])
+    if len({line.x[-1] for line in shown}) > 1:  # a thread from each end to its label
+        for line in shown:
+            ends = [line.x[-1], axes.get_xlim()[1]]
+            axes.plot(ends, [line.means[-1]] * 2, color=palette[line.key], linewidth=0.5, linestyle=(0, (1, 2)))
+    figure.set_layout_engine("constrained", rect=(0, 0, 0.97, 1))  # the page's letters may be wider
+    gap = (tallest * FONT * 1.25 + 1.5) / ((height - 0.55) * POINTS)
+    ends_of = [
+        End(line.means[-1], text, palette[line.key], MARKERS[place % len(MARKERS)])
+        for place, (line, text) in enumerate(zip(shown, texts, strict=True))
+    ]
+    label_ends(axes, ends_of, gap, INK, None, 0.012 if wide else 0.04)
+    return figure
+
+
+def _panels(shown: Sequence[Line], x: Axis, y: Axis, wide: bool) -> Figure:
+    """Draw a panel for each line: over the grey range of all, beside its base."""
+    columns = 4 if wide else 2
+    rows = -(-len(shown) // columns)
+    shown = [line.thinned(SMALL) for line in shown]
+    titles = [f"{_number(line.means[-1], y)}  {wrapped(line.label, 22)}" for line in shown]
+    height = 0.35 + (1.05 + _title_height(titles)) * rows
+    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(shown):
+            axes.set_visible(False)
+            continue
+        line = shown[place]
+        _grid(axes)
+        if not place:
+            _ranges(axes, shown, x, Axis("", y.per_cent, y.whole, y.begins_at_zero))
+        axes.fill_between(*_envelope(shown), color=GRID, alpha=0.6, linewidth=0, zorder=1)
+        for base in (other for other in shown if other.label == line.base):
+            axes.plot(base.x, base.means, color=FAINT, linewidth=0.9, linestyle=(0, (3, 1.5)), zorder=2)
+        _draw(axes, line, SERIES[0], "o")
+        axes.set_title(titles[place], fontsize=FONT - 1)
+        axes.set_xlabel("")
+        axes.label_outer()
+        if place + columns >= len(shown):
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel(x.label, fontsize=FONT, color=FAINT)
+    figure.supylabel(y.label, fontsize=FONT, color=FAINT)
+    return figure
+
+
+def _envelope(shown: Sequence[Line]) -> tuple[Numbers, Numbers, Numbers]:
+    """Return x, and the lowest and highest mean of the lines that reach there."""
+    x = np.linspace(min(line.x[0] for line in shown), max(line.x[-1] for line in shown), SMALL)
+    means = np.array([np.interp(x, line.x, line.means, left=np.nan, right=np.nan) for line in shown])
+    known = ~np.isnan(means).all(axis=0)
+    return x[known], np.nanmin(means[:, known], axis=0), np.nanmax(means[:, known], axis=0)
+
+
+def gains(shown: Mapping[str, tuple[str, Gain]], palette: Palette, label: str, *, wide: bool = False) -> Figure:
+    """Draw by round what each method gained, under what its ensembles would have allowed.
+
+    Parameters
+    ----------
+    shown : mapping
+        Title of the panel -> (what the colour goes by, the gain).
+    palette : Palette
+    label : str
+        Of the points.
+    wide : bool
+        Two columns of a paper wide; else one.
+    """
+    columns = min(len(shown), 4 if wide else 2)
+    rows = -(-len(shown) // columns)
+    titles = [wrapped(title, 22 if columns > 1 else 50) for title in shown]
+    height = 0.4 + ((1.35 if columns > 1 else 1.85) + _title_height(titles)) * rows
+    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(shown):
+            axes.set_visible(False)
+            continue
+        key, one = list(shown.values())[place]
+        _grid(axes)
+        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        _draw(axes, _line_of(key, one.given, len(shown)), palette[key], "o")
+        if one.room:
+            room = _line_of(key, one.room, len(shown))
+            axes.plot(room.x, room.means, color=FAINT, linestyle=(0, (3, 1.5)), linewidth=1, zorder=2)
+            if len(room.x) <= MARKED:
+                axes.plot(room.x, room.means, color=FAINT, linestyle="none", marker="_", markersize=5, zorder=2)
+        axes.set_title(titles[place], fontsize=FONT - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
+        axes.label_outer()
+        if place + columns >= len(shown):
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel("round", fontsize=FONT, color=FAINT)
+    figure.supylabel(label, fontsize=FONT, color=FAINT)
+    return figure
+
+
+def _line_of(key: str, points: Points, panels: int) -> Line:
+    return Line("", key, list(points), list(points.values())).thinned(DRAWN if panels <= 4 else SMALL)
+
+
+def _title_height(titles: Sequence[str]) -> float:
+    return max(title.count("\n") + 1 for title in titles) * FONT * 1.25 / POINTS
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _grid(axes)
+    return figure, axes
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _ranges(axes: Axes, shown: Sequence[Line], x: Axis, y: Axis) -> None:
+    low, high = min(min(line.low) for line in shown), max(max(line.high) for line in shown)
+    room = 0.05 * max(high - low, 1e-3 if not y.per_cent else 0.02)
+    bottom, top = low - room, high + room
+    if y.per_cent:
+        bottom, top = max(bottom, 0.0), min(top, 1.0)
+    axes.set_ylim(bottom, top)
+    first, last = min(line.x[0] for line in shown), max(line.x[-1] for line in shown)
+    if x.begins_at_zero:
+        first = 0.0
+    side = 0.02 * (last - first) or 0.5
+    axes.set_xlim(first - side, last + (0 if x.whole and last > first else side))
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(y.label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=x.whole, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    if y.per_cent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g}")
+
+
+def _draw(axes: Axes, line: Line, colour: str, marker: str) -> None:
+    if any(one.std for one in line.y):
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0, zorder=2)
+    style: dict[str, Any] = {"marker": marker, "markersize": 2.6} if len(line.x) <= MARKED else {}
+    axes.plot(line.x, line.means, color=colour, linewidth=1.3, clip_on=False, zorder=3, **style)
+
+
+def _number(value: float, y: Axis) -> str:
+    return f"{100 * value:.1f}" if y.per_cent else f"{value:.3g}"
+
+
+def wrapped(text: str, letters: int, most: int = 3) -> str:
+    """Return a text in at most so many lines of so many letters, broken after spaces, and in words where it must."""
+    if len(text) <= letters:
+        return text
+    parts = textwrap.wrap(text, letters, break_long_words=False, break_on_hyphens=False)
+    found = [piece for part in parts for piece in _pieces(part, letters)]
+    return "\n".join(found if len(found) <= most else [*found[: most - 1], f"{found[most - 1][: letters - 1]}…"])
+
+
+def _pieces(word: str, letters: int) -> list[str]:
+    """Return a word in pieces, cut after one of ``+.=/_`` where it can be."""
+    pieces = []
+    while len(word) > letters:
+        at = max(word.rfind(sign, 0, letters) for sign in "+.=/_ ") + 1
+        pieces.append(word[: at or letters].rstrip())
+        word = word[at or letters :]
+    return [*pieces, word]
