@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer with pip, and make; everything else goes into .venv.
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 BIN := .venv/bin
 READY := .venv/.ready
