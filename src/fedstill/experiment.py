@@ -222,6 +222,8 @@ class _Loop:
 
     def _leave_resumable(self, error: BaseException) -> None:
         try:
+            if self.files:  # a signal may have come between a round's line and its adoption
+                self.files.cut_metrics(self.state.round)
             self._save()
             self.log(f"stopped after round {self.state.round}: {str(error) or type(error).__name__}")
         except FedstillError:
