@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedstill.errors import InputError
+from fedstill.tensor_bytes import dump_tensors, load_tensors
 from fedstill.weights import Tensors, Weights, finite
 
 
@@ -61,12 +60,9 @@ class Payload:
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors; names are ``kind/name``."""
-        flat = {  # copies: safetensors refuses tensors that share memory, as w and the fused model may
-            f"{kind.value}/{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for kind, tensors in self.parts.items()
-            for name, value in tensors.items()
-        }
-        return save(flat)
+        return dump_tensors(
+            {f"{kind.value}/{name}": value for kind, tensors in self.parts.items() for name, value in tensors.items()}
+        )
 
     @staticmethod
     def from_bytes(data: bytes) -> Payload:
@@ -78,8 +74,8 @@ class Payload:
             If the bytes are not safetensors or name an unknown kind.
         """
         try:
-            flat = load(data)
-        except (SafetensorError, KeyError) as error:  # KeyError: a number format that PyTorch lacks
+            flat = load_tensors(data)
+        except ValueError as error:
             raise InputError(f"payload is not a safetensors message: {error}") from error
         parts: dict[Kind, Tensors] = {}
         for key, value in flat.items():

@@ -513,12 +513,7 @@ def test_a_stopped_run_ends_with_the_same_bits(mode: str, tmp_path: Path) -> Non
         run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
     resumed = resume(tmp_path / "run")
     assert same_weights(whole.weights, resumed.weights)
-    records, again = untimed(whole.records), untimed(resumed.records)
-    for one, other in zip(records, again, strict=True):
-        # Now and then one step's norm is an ulp apart after a resume, with the same weights; why is not known yet.
-        norms = [record["refinement"]["feddf"].pop("grad_norm", 0.0) for record in (one, other)]
-        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-    assert records == again
+    assert untimed(whole.records) == untimed(resumed.records)
 
 
 def test_without_steps_it_is_its_base_method() -> None:

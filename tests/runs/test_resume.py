@@ -334,7 +334,7 @@ def manifest_without_files(path: Path) -> str:
 def other_format(path: Path) -> str:
     file = path / "checkpoints/round-00004.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": "fedstill-checkpoint-9"}))
-    return r"round-00004\.json: format 'fedstill-checkpoint-9', expected 'fedstill-checkpoint-3'"
+    return r"round-00004\.json: format 'fedstill-checkpoint-9', expected 'fedstill-checkpoint-4'"
 
 
 def other_run(path: Path) -> str:

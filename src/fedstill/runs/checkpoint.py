@@ -31,7 +31,7 @@ from fedstill.runs.store import (
 )
 from fedstill.weights import Tensors, Weights
 
-FORMAT = "fedstill-checkpoint-3"
+FORMAT = "fedstill-checkpoint-4"
 
 
 @dataclass

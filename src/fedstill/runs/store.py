@@ -16,21 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from fedstill.client_states import ClientStates
 from fedstill.errors import InputError, RunError
 from fedstill.runs.files import disk_errors, sha256, write_atomically
+from fedstill.tensor_bytes import dump_tensors, load_tensors
 from fedstill.weights import State, Tensors
 
 
 def write_tensors(path: Path, tensors: Tensors) -> str:
     """Write a safetensors file, whole or not at all, and return its SHA-256."""
-    # Copies: safetensors refuses tensors that share memory, as the global model and SCAFFOLD's fused one may.
-    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    data = save(copies)
+    data = dump_tensors(tensors)
     write_atomically(path, data)
     return sha256(data)
 
@@ -50,8 +46,8 @@ def read_tensors(path: Path, digest: str, device: torch.device) -> Tensors:
     if sha256(data) != digest:
         raise InputError(f"{path}: corrupt: its SHA-256 is not the one in the checkpoint")
     try:
-        tensors: dict[str, Tensor] = load(data)
-    except SafetensorError as error:
+        tensors = load_tensors(data)
+    except ValueError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
     return {name: value.to(device) for name, value in tensors.items()}
 
