@@ -59,7 +59,8 @@ def test_one_channel_is_innermost_too() -> None:
     [
         (["model.name=mlp"], "contiguous"),
         (["model.name=cnn", "model.width=4", "model.norm=bn"], "channels_last"),
-        (["model.name=cnn", "model.width=4", "model.norm=gn"], "contiguous"),
+        (["model.name=cnn", "model.width=4", "model.norm=gn"], "channels_last"),
+        (["model.name=resnet18", "model.norm=gn", "model.stem=cifar"], "contiguous"),
         (["model.name=mlp", "execution.memory_format=channels_last"], "channels_last"),
     ],
 )
