@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ import torch
 from fedstill.build import build
 from fedstill.callbacks import Callback, RunInfo
 from fedstill.client_states import ClientStates
-from fedstill.config import Config
 from fedstill.data.dataset import RawDataSet
 from fedstill.errors import InputError, RunError
 from fedstill.evaluation import LISTED_CLIENTS, Score, by_label_mix
+from fedstill.execution import choices
 from fedstill.experiment import resume, run
 from fedstill.federation import FederationState, Record
 from fedstill.methods.base import FederationInfo
-from fedstill.runs import RunDirectory, read_metrics
+from fedstill.runs import read_metrics
 from fedstill.runs import store as files_of_clients
 from fedstill.runs.checkpoint import CheckpointStore
 from fedstill.runs.store import ClientIndex
 from small import same_state, same_weights, small, untimed
+from stopping import Stop, last_state, stopped
 
 BUILD = importlib.import_module("fedstill.build")  # fedstill.build is the function too
 MANY = [
@@ -55,32 +57,13 @@ def enough_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watch(Callback):
-    """Calls something after every round, and presses Ctrl-C after one."""
+    """Calls something after every round."""
 
-    def __init__(self, look: Any = lambda record: None, stop: int | None = None) -> None:
-        self.look, self.stop = look, stop
+    def __init__(self, look: Callable[[Record], object]) -> None:
+        self.look = look
 
     def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
         self.look(record)
-        if record["round"] == self.stop:
-            raise KeyboardInterrupt
-
-
-def stopped(path: Path, config: Config, after: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=path, callbacks=[Watch(stop=after)])
-
-
-def store_of(path: Path) -> CheckpointStore:
-    federation, _ = build(RunDirectory.read_config(path))
-    federation.executor.close()
-    return RunDirectory.open(path, federation).store
-
-
-def last_state(path: Path) -> FederationState:
-    state = store_of(path).load()
-    assert state is not None
-    return state
 
 
 def client_files(path: Path) -> dict[str, int]:
@@ -113,7 +96,7 @@ def test_two_thousand_clients_resume_to_the_same_bits_from_memory_and_from_disk(
     for where in ("memory", "disk"):
         config = small(*MANY, f"execution.client_states={where}")
         whole = run(config, directory=tmp_path / where)
-        stopped(tmp_path / f"stopped {where}", config, after=1)
+        stopped(config, tmp_path / f"stopped {where}", Stop(after=1))
         again = resume(tmp_path / f"stopped {where}")
         assert same_weights(whole.weights, again.weights)
         assert same_state(last_state(tmp_path / where), last_state(tmp_path / f"stopped {where}"))
@@ -128,7 +111,7 @@ def test_two_thousand_clients_resume_to_the_same_bits_from_memory_and_from_disk(
 def test_the_place_may_change_between_two_runs(tmp_path: Path, begin: str, then: str) -> None:
     keys = [*FEW, "train.rounds=6", "checkpoint.every=4"]
     expected = run(small(*keys), directory=tmp_path / "whole")
-    stopped(tmp_path / "run", small(*keys, f"execution.client_states={begin}"), after=3)
+    stopped(small(*keys, f"execution.client_states={begin}"), tmp_path / "run", Stop(after=3))
     file = tmp_path / "run/config.toml"
     file.write_text(file.read_text().replace(f'client_states = "{begin}"', f'client_states = "{then}"'))
     assert same_weights(resume(tmp_path / "run").weights, expected.weights)
@@ -139,7 +122,7 @@ def test_clients_that_take_part_again_before_a_checkpoint_leave_no_files(tmp_pat
     keys = ["method=scaffold", "data.clients=6", "train.participation=0.5", "train.rounds=8", "checkpoint.every=3"]
     expected = run(small(*keys), directory=tmp_path / "whole")
     path = tmp_path / "run"
-    stopped(path, small(*keys, "execution.client_states=disk"), after=5)
+    stopped(small(*keys, "execution.client_states=disk"), path, Stop(after=5))
     for file in (path / "checkpoints").glob("round-00005*"):  # as after a kill, which leaves no time for it
         file.unlink()
     assert same_weights(resume(path).weights, expected.weights)
@@ -149,7 +132,7 @@ def test_clients_that_take_part_again_before_a_checkpoint_leave_no_files(tmp_pat
 def test_label_counts_come_back_whatever_round_they_came_in(tmp_path: Path) -> None:
     keys = [*FEW, "fusion.head=class-weighted", "train.rounds=4"]
     whole = run(small(*keys), directory=tmp_path / "whole")
-    stopped(tmp_path / "run", small(*keys, "execution.client_states=disk"), after=2)
+    stopped(small(*keys, "execution.client_states=disk"), tmp_path / "run", Stop(after=2))
     again = resume(tmp_path / "run")
     assert untimed(again.records) == untimed(whole.records), "nobody is asked twice, which the bytes would show"
     seen = {client for record in whole.records for client in record["cohort"]}
@@ -253,7 +236,7 @@ def test_without_a_run_directory_the_states_lie_in_a_temporary_one(
     assert not list(tmp_path.iterdir())
     assert same_weights(found.weights, run(small(*keys)).weights)
     with pytest.raises(KeyboardInterrupt):
-        run(small(*keys, "execution.client_states=disk"), callbacks=[Watch(stop=2)])
+        run(small(*keys, "execution.client_states=disk"), callbacks=[Stop(after=2)])
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +271,7 @@ def test_lines_that_no_checkpoint_names_are_nobodys(tmp_path: Path, extra: bytes
     keys = [*FEW, "train.rounds=5"]
     expected = run(small(*keys), directory=tmp_path / "whole")
     path = tmp_path / "run"
-    stopped(path, small(*keys), after=3)
+    stopped(small(*keys), path, Stop(after=3))
     with next((path / "checkpoints").glob("*.jsonl")).open("ab") as file:
         file.write(extra)
     assert same_weights(resume(path).weights, expected.weights)
@@ -312,7 +295,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_state_on_disk_is_refused_when_its_client_is_in_a_cohort(tmp_path: Path, damage: str) -> None:
     keys = ["method=scaffold", "data.clients=4", "train.rounds=3", "execution.client_states=disk"]
     path = tmp_path / "run"
-    stopped(path, small(*keys), after=2)
+    stopped(small(*keys), path, Stop(after=2))
     file = path / "clients/3/round-00002.safetensors"
     whole = file.read_bytes()
     if damage == "flip":
@@ -387,7 +370,7 @@ def test_auto_asks_what_a_model_for_every_client_would_take(monkeypatch: pytest.
         (10 * 20 * size, ['eval.models=["all"]'], "disk"),
         (1, ["execution.client_states=memory"], "memory"),
     ):
-        monkeypatch.setattr(BUILD, "memory_of", lambda device, memory=memory: memory)
+        monkeypatch.setattr(choices, "memory_of", lambda device, memory=memory: memory)
         assert build(small(*FEW, *keys))[0].config.execution.client_states == wanted
 
 

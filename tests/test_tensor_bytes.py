@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save
 
 from fedstill import resume, run
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.errors import InputError
 from fedstill.payload import Kind, Payload
 from fedstill.tensor_bytes import dump_tensors, load_tensors
 from small import small
+from stopping import Stop, stopped
 
 NAMES = [f"layer{number}.{part}" for number in (7, 0, 12, 3, 9, 1) for part in ("weight", "bias", "running_mean")]
 
@@ -54,20 +54,13 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         Payload.from_bytes(data)
 
 
-class StopAfterOne(Callback):
-    def on_round_end(self, round: int, record: dict[str, object], run: RunInfo) -> None:
-        if round == 1:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_clips_to_the_same_bits(tmp_path: Path) -> None:
     """The norm of the gradient is a sum over tensors, and the clip carries its rounding into every weight."""
     config = small("model.name=cnn", "model.width=4", "local.clip_norm=0.05", "train.rounds=2")
     whole = run(config)
     for attempt in range(3):
         path = tmp_path / str(attempt)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, directory=path, callbacks=[StopAfterOne()])
+        stopped(config, path, Stop(after=1))
         resumed = resume(path)
         assert list(resumed.weights.params) == list(whole.weights.params)
         for name, value in whole.weights.params.items():

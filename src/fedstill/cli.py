@@ -43,6 +43,10 @@ Arguments = Annotated[
 Preset = Annotated[
     str | None, typer.Option(help="Start from a preset instead of a file; 'fedstill presets' lists them.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one per core.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")]
+On = Annotated[str, typer.Option(help="test or validation.")]
+Baseline = Annotated[str | None, typer.Option(help="The variant that differences are taken from.")]
 
 
 @app.command()
@@ -96,8 +100,8 @@ def sweep(
     directory: Annotated[
         Path | None, typer.Option("--out", help="Results folder; by default runs/ and the file's name.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one per core.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    workers: Workers = None,
+    retry_failed: RetryFailed = False,
     only: Annotated[
         list[str] | None, typer.Option(metavar="WORD...", help="Only runs with these words in label or directory.")
     ] = None,
@@ -223,8 +227,8 @@ def compare(
     targets: Annotated[
         list[str] | None, typer.Option("--targets", metavar="0.7 0.8...", help="Accuracies to be reached.")
     ] = None,
-    on: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    baseline: Annotated[str | None, typer.Option(help="The variant that differences are taken from.")] = None,
+    on: On = "test",
+    baseline: Baseline = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Compare runs whose data differ, too.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="All tables, not the first alone.")] = False,
     file: Annotated[Path | None, typer.Option("--out", help="Write to this file.")] = None,
@@ -254,8 +258,8 @@ def report(
         Path | None, typer.Option("--out", help="Folder; by default report/ in the study, in the run, or beside runs.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="By default the study's.")] = None,
-    on: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    baseline: Annotated[str | None, typer.Option(help="The variant that differences are taken from.")] = None,
+    on: On = "test",
+    baseline: Baseline = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Report runs whose data differ, too.")] = False,
 ) -> None:
     """Write a study, or runs, as one HTML file with figures, and the figures as SVG and PDF beside it."""
@@ -275,8 +279,8 @@ def reproduce(
     directory: Annotated[
         Path | None, typer.Option("--out", help="Results folder; by default runs/reproduce/PAPER.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one per core.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    workers: Workers = None,
+    retry_failed: RetryFailed = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
     show_only: Annotated[bool, typer.Option("--show", help="Print the table so far, and run nothing.")] = False,
 ) -> None:

@@ -431,10 +431,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     told = capsys.readouterr().out
     assert "fedprox  fedprox-pulls-to-what-was-sent  FAILS  from the optimum" in told
     assert "2 fail" in told
-    path = "fedstill.conformance.wrong:moon_wrong_positive"
+    path = "fedstill.conformance.wrong.moon:moon_wrong_positive"
     assert command(monkeypatch, "--method", path, "--like", "moon") == 1
     assert f"{path}  moon-steps-by-hand  FAILS" in capsys.readouterr().out
-    path = "fedstill.conformance.wrong:fedftg_in_place"
+    path = "fedstill.conformance.wrong.fedftg:fedftg_in_place"
     assert command(monkeypatch, "--method", path, "--like", "fedftg") == 1
     assert f"+{path}  refinement-leaves-its-inputs  FAILS" in capsys.readouterr().out
     assert command(monkeypatch, "--list") == 0

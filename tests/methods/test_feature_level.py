@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedstill.build import build
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config
 from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.distill.inputs import GeneratedInputs, NoiseInputs, StreamDraws, initial_generator
@@ -20,14 +19,13 @@ from fedstill.distill.labels import draw_labels
 from fedstill.distill.loop import Distillation, module_state
 from fedstill.distill.teachers import GroupedTeachers, StackedTeachers
 from fedstill.errors import InputError
-from fedstill.experiment import resume, run
-from fedstill.federation import Record
 from fedstill.methods.base import FederationInfo, RoundContext
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.models import ConditionalGenerator, FeatureGenerator, Stateless, initial_weights, split_state
 from fedstill.rng import torch_stream
 from fedstill.weights import Weights
-from small import SMALL, play, same_weights, small, untimed
+from small import SMALL, play, same_weights, small
+from stopping import Stop, assert_goes_on_to_the_same_bits
 
 SHAPE, CLASSES, WIDTH = (1, 8, 8), 4, 6
 COUNTS = torch.tensor([[6, 0, 1, 0], [2, 3, 0, 0], [0, 5, 3, 0]])
@@ -270,17 +268,6 @@ def test_several_architectures_are_refused_before_round_0() -> None:
         build(load_config(None, FEATURE, {**SMALL, "model": models}))
 
 
-class StopAfterOne(Callback):
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == 1:
-            raise KeyboardInterrupt
-
-
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*FEATURE, "train.rounds=3")
-    whole = run(config)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
-    resumed = resume(tmp_path / "run")
-    assert same_weights(whole.weights, resumed.weights)
-    assert untimed(whole.records) == untimed(resumed.records)
+    assert_goes_on_to_the_same_bits(config, tmp_path, Stop(after=1))

@@ -11,11 +11,9 @@ from pydantic import ValidationError
 from test_scaffold import Data, Run, Squares, clients, cohorts, fedavg, optimum
 from torch import Tensor
 
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.conformance.replays.sites import client_turn
 from fedstill.conformance.replays.tiny import TinyCNN
-from fedstill.experiment import resume, run
-from fedstill.federation import LAST_PARAMS, Record
+from fedstill.federation import LAST_PARAMS
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.base import FederationInfo, LocalTask, RoundContext, Upload
 from fedstill.methods.feddyn import FedDynFusion, FedDynObjective, FedDynSettings
@@ -23,7 +21,8 @@ from fedstill.models import Stateless, parameter_count, split_state
 from fedstill.payload import model_payload
 from fedstill.training import SGD
 from fedstill.weights import Weights
-from small import play, same_state, same_weights, small, untimed
+from small import play, same_state, small, untimed
+from stopping import Stop, assert_goes_on_to_the_same_bits
 
 
 class SquaresFedDyn(Squares, FedDynObjective):
@@ -245,17 +244,6 @@ def test_threads_give_the_bits_of_serial(method: str) -> None:
     assert untimed(found) == untimed(records)
 
 
-class Stop(Callback):
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == 2:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*FEDDYN, "train.participation=0.6", "train.rounds=4")
-    whole = run(config, directory=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "stopped", callbacks=[Stop()])
-    again = resume(tmp_path / "stopped")
-    assert same_weights(again.weights, whole.weights)
-    assert untimed(again.records) == untimed(whole.records)
+    assert_goes_on_to_the_same_bits(config, tmp_path, Stop(after=2))

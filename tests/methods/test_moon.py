@@ -12,12 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedstill.build import build
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config, to_toml
 from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.errors import InputError
-from fedstill.experiment import resume, run
-from fedstill.federation import LAST_PARAMS, Record
+from fedstill.federation import LAST_PARAMS
 from fedstill.methods.base import LocalTask
 from fedstill.methods.moon import MoonObjective, MoonSettings, contrastive
 from fedstill.models import Stateless, initial_weights, split_state
@@ -26,6 +24,7 @@ from fedstill.rng import torch_stream
 from fedstill.training import SGD, Trained, train_locally
 from fedstill.weights import State, Weights
 from small import play, same_state, same_weights, small, untimed
+from stopping import Stop, assert_goes_on_to_the_same_bits
 
 CNN = ["model.name=cnn", "model.width=4", "model.norm=bn", "local.batch_size=25"]
 MOON = ["method=moon", "data.clients=5"]
@@ -215,20 +214,9 @@ def test_threads_give_the_bits_of_serial(keys: list[str]) -> None:
     assert untimed(found) == untimed(records)
 
 
-class Stop(Callback):
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == 2:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = small(*MOON, *CNN, "train.participation=0.6", "train.rounds=4", "moon.previous_models=2")
-    whole = run(config, directory=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "stopped", callbacks=[Stop()])
-    again = resume(tmp_path / "stopped")
-    assert same_weights(again.weights, whole.weights)
-    assert untimed(again.records) == untimed(whole.records)
+    assert_goes_on_to_the_same_bits(config, tmp_path, Stop(after=2))
 
 
 # Settings

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.errors import InputError
-from fedstill.experiment import resume, run
-from fedstill.federation import Record
 from fedstill.methods.averaging import FusionSettings
 from fedstill.methods.base import FederationInfo, RoundContext, ServerState, Upload
 from fedstill.methods.fedavg import FedAvgFusion
@@ -19,6 +16,7 @@ from fedstill.methods.registry import compose
 from fedstill.payload import model_payload
 from fedstill.weights import Weights
 from small import play, same_state, small
+from stopping import Stop, assert_goes_on_to_the_same_bits
 
 INFO = FederationInfo((10, 30), 3, (2,))
 
@@ -85,17 +83,6 @@ def test_a_method_that_averages_otherwise_refuses_it() -> None:
         compose(small("method=scaffold", "fusion.server_momentum=0.5"))
 
 
-class StopAfterOne(Callback):
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == 1:
-            raise KeyboardInterrupt
-
-
 def test_the_velocity_survives_a_stop(tmp_path: Path) -> None:
     config = small("fusion.server_momentum=0.9", "train.rounds=3")
-    whole = run(config)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
-    resumed = resume(tmp_path / "run")
-    for name, value in whole.weights.params.items():
-        assert torch.equal(resumed.weights.params[name], value)
+    assert_goes_on_to_the_same_bits(config, tmp_path, Stop(after=1))

@@ -23,46 +23,14 @@ from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import to_toml
 from fedstill.errors import InputError, RunError
 from fedstill.experiment import Result, resume, run
-from fedstill.federation import FederationState, Record
+from fedstill.federation import Record
 from fedstill.runs import RunDirectory, read_metrics
-from fedstill.runs.checkpoint import CheckpointStore
 from small import same_state, same_weights, small, untimed
+from stopping import Stop, last_state, stopped, store_of
 
 FEDAVG = ["method=fedavg", "train.rounds=4", "train.participation=0.5"]
 SCAFFOLD_FEDFTG = ["method=scaffold+fedftg", "fedftg.mode=paper", "train.rounds=4", "train.participation=0.5"]
 METHODS = {"fedavg": FEDAVG, "scaffold+fedftg": SCAFFOLD_FEDFTG}
-
-
-class Stop(Callback):
-    """Presses Ctrl-C: after a client of a round (counted from 0), or after a round (counted from 1)."""
-
-    def __init__(self, client_of: int | None = None, after: int | None = None) -> None:
-        self.client_of, self.after = client_of, after
-
-    def on_client_end(self, round: int, done: int, of: int) -> None:
-        if round - 1 == self.client_of and done == 1:
-            raise KeyboardInterrupt
-
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == self.after:
-            raise KeyboardInterrupt
-
-
-def stopped(path: Path, keys: list[str], stop: Stop) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(small(*keys), directory=path, callbacks=[stop])
-
-
-def store_of(path: Path) -> CheckpointStore:
-    federation, _ = build(RunDirectory.read_config(path))
-    federation.executor.close()
-    return RunDirectory.open(path, federation).store
-
-
-def last_state(path: Path) -> FederationState:
-    state = store_of(path).load()
-    assert state is not None
-    return state
 
 
 def checkpoints(path: Path) -> list[int]:
@@ -120,7 +88,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     tmp_path: Path, name: str, stop: Stop, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, METHODS[name], stop)
+    stopped(small(*METHODS[name]), path, stop)
     done = stop.client_of if stop.client_of is not None else stop.after
     assert len(read_metrics(path)) == done
     assert checkpoints(path)[-1:] == ([done] if done else [])
@@ -135,7 +103,7 @@ def test_a_stopped_run_with_threads_goes_on_to_the_bits_of_serial(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, [*SCAFFOLD_FEDFTG, "execution.executor=threads", "execution.workers=2"], Stop(client_of=1))
+    stopped(small(*SCAFFOLD_FEDFTG, "execution.executor=threads", "execution.workers=2"), path, Stop(client_of=1))
     whole, expected = whole_runs["scaffold+fedftg"]
     assert same_weights(resume(path).weights, expected.weights)
     assert same_state(last_state(path), last_state(whole))
@@ -143,7 +111,7 @@ def test_a_stopped_run_with_threads_goes_on_to_the_bits_of_serial(
 
 def test_a_run_can_be_stopped_many_times(tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]) -> None:
     path = tmp_path / "run"
-    stopped(path, SCAFFOLD_FEDFTG, Stop(client_of=0))
+    stopped(small(*SCAFFOLD_FEDFTG), path, Stop(client_of=0))
     for round in (1, 2, 3):
         with pytest.raises(KeyboardInterrupt):
             resume(path, [Stop(after=round)])
@@ -161,14 +129,14 @@ def test_released_control_variates_survive_a_checkpoint(tmp_path: Path) -> None:
     ):
         whole, path = tmp_path / f"whole {number}", tmp_path / f"run {number}"
         expected = run(small(*keys), directory=whole)
-        stopped(path, keys, Stop(client_of=1))
+        stopped(small(*keys), path, Stop(client_of=1))
         assert_same_run(path, resume(path), whole, expected)
 
 
 def test_a_batchnorm_model_and_the_class_weighted_head_survive_a_checkpoint(tmp_path: Path) -> None:
     keys = ["model.name=cnn", "model.width=4", "model.norm=bn", "fusion.head=class-weighted", "train.rounds=3"]
     expected = run(small(*keys), directory=tmp_path / "whole")
-    stopped(tmp_path / "run", keys, Stop(client_of=2))
+    stopped(small(*keys), tmp_path / "run", Stop(client_of=2))
     assert_same_run(tmp_path / "run", resume(tmp_path / "run"), tmp_path / "whole", expected)
 
 
@@ -177,7 +145,7 @@ def test_a_run_without_refinement_goes_on_where_checkpoints_are_rare(tmp_path: P
     expected = run(small(*keys), directory=tmp_path / "whole")
     assert checkpoints(tmp_path / "whole") == [4, 5]
     path = tmp_path / "run"
-    stopped(path, keys, Stop(client_of=3))
+    stopped(small(*keys), path, Stop(client_of=3))
     assert checkpoints(path) == [2, 3], "Ctrl-C keeps the last whole round, due or not"
     # As after a kill, which leaves no time for that:
     for file in (path / "checkpoints").glob("round-00003*"):
@@ -245,7 +213,7 @@ def test_the_directory_holds_what_the_run_was(finished: Path) -> None:
 
 def test_tensorboard_shows_every_round_once_although_the_run_was_stopped(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    stopped(path, [*SCAFFOLD_FEDFTG, "checkpoint.every=3"], Stop(after=2))
+    stopped(small(*SCAFFOLD_FEDFTG, "checkpoint.every=3"), path, Stop(after=2))
     for file in (path / "checkpoints").glob("*"):
         file.unlink()
     resume(path)
@@ -265,7 +233,7 @@ def test_a_metrics_line_that_was_cut_short_is_dropped(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, FEDAVG, Stop(after=2))
+    stopped(small(*FEDAVG), path, Stop(after=2))
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "coh')
     assert len(read_metrics(path)) == 2
@@ -374,7 +342,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(
 
 def test_the_only_checkpoint_damaged_has_no_older_one_to_name(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    stopped(path, FEDAVG, Stop(after=1))
+    stopped(small(*FEDAVG), path, Stop(after=1))
     flip(path / "checkpoints/round-00001.safetensors")
     with pytest.raises(InputError, match="corrupt") as caught:
         resume(path)
@@ -385,7 +353,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_run(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, [*FEDAVG, "checkpoint.keep=3"], Stop(after=2))
+    stopped(small(*FEDAVG, "checkpoint.keep=3"), path, Stop(after=2))
     (path / "checkpoints/round-00001.json").write_text("{")
     assert same_weights(resume(path).weights, whole_runs["fedavg"][1].weights)
 
@@ -405,7 +373,7 @@ def test_what_does_not_change_the_numbers_may_change_between_two_runs(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, SCAFFOLD_FEDFTG, Stop(after=2))
+    stopped(small(*SCAFFOLD_FEDFTG), path, Stop(after=2))
     config = (path / "config.toml").read_text()
     changed = config.replace('executor = "serial"', 'executor = "threads"').replace("\nevery = 1\n", "\nevery = 2\n", 1)
     assert changed != config
@@ -649,7 +617,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:
     path = tmp_path / "run"
-    stopped(path, FEDAVG, Stop(client_of=0))
+    stopped(small(*FEDAVG), path, Stop(client_of=0))
     assert checkpoints(path) == []
     assert store_of(path).load() is None
     assert_same_run(path, resume(path), *whole_runs["fedavg"])

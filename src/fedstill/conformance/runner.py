@@ -22,7 +22,7 @@ from fedstill.names import unknown
 MODULES = (
     generic, averaging, scaffold, feddyn, moon, fedgen, feddistill, fedmd, refinements_, fedftg, feddf, references_,
 )  # fmt: skip
-"""Where checks are defined; importing them fills the table, in this order."""
+"""Where checks are defined; importing them fills the table."""
 
 
 def list_checks() -> tuple[Check, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedstill.conformance.replays.registry import Case, must
+from fedstill.conformance.replays.registry import Case, Disagrees, must
 from fedstill.models import ConditionalGenerator, Stateless
 from fedstill.weights import Tensors, Weights
 
@@ -72,7 +72,7 @@ def _module(description: Mapping[str, Any]) -> nn.Module:
         channels, ngf = shape["conv_blocks2.3.weight"][:2]
         side = 4 * round((shape["l1.0.weight"][0] / ngf) ** 0.5)
         return ConditionalGenerator(shape["l1.0.weight"][1], shape["l2.0.weight"][1], (channels, side, side), ngf=ngf)
-    raise NotImplementedError(name)
+    raise Disagrees(f"there is no tiny model {name!r} to replay it with")
 
 
 @dataclass(frozen=True)
