@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ import torch
 
 from fedstill.build import build
 from fedstill.config import load_config
-from fedstill.data.dataset import RawDataSet
+from fedstill.data.dataset import RawDataSet, Samples
 from fedstill.federation import Federation
 from fedstill.runs.environment import environment
 from fedstill.weights import Weights
@@ -95,6 +96,20 @@ def federation(keys: Sequence[str], source: Source) -> Federation:
     if wanted not in ("auto", got):
         sys.exit(f"the executor {wanted} was asked for, and it runs {got}: {notes}")
     return made
+
+
+def in_float64(federation: Federation) -> Federation:
+    """Return the federation with models, initial weights and training samples in double precision."""
+    for one in federation.architectures:
+        one.model.module.double()
+    architectures = tuple(
+        replace(one, initial=one.initial.map(lambda value: value.double() if value.is_floating_point() else value))
+        for one in federation.architectures
+    )
+    trainer, samples = federation.trainer, federation.trainer.samples
+    initial = [one.initial for one in architectures]
+    trainer = replace(trainer, samples=Samples(samples.x.double(), samples.y), initial=initial)
+    return replace(federation, architectures=architectures, trainer=trainer)
 
 
 def arguments(doc: str | None, rounds: int = 7) -> argparse.ArgumentParser:
@@ -168,20 +183,31 @@ def distance(one: Weights, other: Weights, start: Weights) -> float:
 
 
 def peak_memory(device: str = "cpu") -> dict[str, float]:
-    """Return the most memory that this process has had so far, in MiB.
+    """Return the most memory that this process and those it has started have had so far, in MiB.
 
     VmHWM belongs to this program alone; getrusage, the fallback, also counts what the process was before it was
-    replaced by this program, so that a child of a large parent begins with the parent's.
+    replaced by this program, so that a child of a large parent begins with the parent's. Of the other processes what
+    they share is left out: it is in this one's figure.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = {"host": int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024}
+    own = memory_of("self")
+    if own:
+        others = [memory_of(str(child.pid)) for child in multiprocessing.active_children()]
+        host = own["VmHWM"] + sum(one["VmHWM"] - one["RssShmem"] - one["RssFile"] for one in others)
     else:
         import resource
 
         unit = 2**20 if sys.platform == "darwin" else 2**10
-        found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
-    return found | ({"device": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {})
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"host": host} | ({"device": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {})
+
+
+def memory_of(process: str) -> dict[str, float]:
+    """Return what Linux tells of a process's memory, in MiB; elsewhere nothing."""
+    status = Path("/proc") / process / "status"
+    if not status.exists():
+        return {}
+    lines = [line.split() for line in status.read_text().splitlines()]
+    return {name.rstrip(":"): int(size) / 1024 for name, size, *unit in (line for line in lines if line[-1:] == ["kB"])}
 
 
 class Worker:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.slow
@@ -31,12 +32,14 @@ def smoke(name: str, *options: str) -> tuple[dict[str, Any], list[list[str]]]:
 def test_limit() -> None:
     result, rows = smoke("limit", "--models", "mlp", "--threads", "2")
     (model,) = result["models"]
-    assert set(model["seconds"]) >= {"plain loop", "serial", "auto", "vectorized, the cohort at once"}
+    assert set(model["seconds"]) >= {"plain loop", "serial", "auto", "processes, 2", "vectorized, the cohort at once"}
     assert len(rows) == len(model["seconds"])
     assert model["parameters"] == 784 * 200 + 200 + 200 * 10 + 10
     assert model["distance"]["plain loop"] == 0
     # The same steps on the same batches, and rounding alone between them.
     assert all(apart < 1e-4 for apart in model["distance"].values())
+    assert model["distance_in_float64"].keys() == model["distance"].keys()
+    assert all(apart < 1e-12 for apart in model["distance_in_float64"].values())
     memory = model["memory"]["plain loop"]
     assert 0 < memory["before"]["host"] <= memory["after"]["host"]
 
@@ -54,6 +57,16 @@ def test_limit_refuses_a_contestant_that_does_other_work(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(limit.PlainLoop, "train", twice)
     with pytest.raises(SystemExit, match="from the plain loop"):
+        limit.main()
+
+
+def test_limit_refuses_a_learning_rate_that_float32_would_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    limit = importlib.import_module("limit")
+    monkeypatch.setattr(sys, "argv", ["limit", "--smoke", "--no-memory", "--models", "mlp", "--threads", "1"])
+    usual = torch.optim.SGD
+    monkeypatch.setattr(limit.torch.optim, "SGD", lambda params, lr: usual(params, lr * (1 + 1e-7)))
+    with pytest.raises(SystemExit, match=r"the first round in float64: .* from the plain loop"):
         limit.main()
 
 

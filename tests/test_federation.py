@@ -624,3 +624,28 @@ def test_a_rounds_record_holds_what_the_run_directory_promises() -> None:
         assert np.isfinite(found["train_loss"])
     assert state.round == 2
     assert "generator" in state.refinements[0]
+
+
+# Data that all have
+
+
+def test_pooled_clients_train_on_everybodys_training_samples() -> None:
+    keys = ["data.client_test=0.2", *SKEWED]
+    apart, pooled = build(small(*keys))[0], build(small(*keys, "data.pooled=true"))[0]
+    together = sorted(int(row) for share in apart.trainer.shares for row in share)
+    assert [share.tolist() for share in pooled.trainer.shares] == [together] * len(apart.trainer.shares)
+    assert pooled.info.samples == (len(together),) * len(apart.trainer.shares)
+    assert pooled.partition.fingerprint == apart.partition.fingerprint
+    assert len(together) < 200  # what clients hold out is nobody's to train on
+
+
+def test_the_public_subset_has_a_seed_of_its_own() -> None:
+    def public(*keys: str) -> Tensor:
+        found = build(small("public.name=digits", "public.samples=20", *keys))[0].public
+        assert found is not None
+        return found.x
+
+    first = public("seed.data=0")
+    assert not torch.equal(first, public("seed.data=1"))
+    assert torch.equal(first, public("seed.data=1", "public.seed=0"))
+    assert torch.equal(first, public("seed.train=1"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,38 +16,29 @@ from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
 from fedstill.data.dataset import IntArray
+from fedstill.data.fingerprint import Fingerprints
 from fedstill.data.partition import class_counts
 from fedstill.data.public import PublicSet, load_public
 from fedstill.errors import InputError
 from fedstill.evaluation import Evaluation, Parts
-from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
-from fedstill.execution.vectorized import VectorizedExecutor, why_not
+from fedstill.execution.choices import (
+    executor_of,
+    resolve,
+    set_products_of_float32,
+    with_client_states,
+    with_memory_format,
+    with_possible_executor,
+    with_processes,
+)
 from fedstill.federation import Architecture, Federation
 from fedstill.methods.base import FederationInfo, LocalObjective, Method
 from fedstill.methods.registry import compose
 from fedstill.methods.scaffold import ScaffoldObjective, fixed_steps
 from fedstill.models import Stateless, batch_norms, build_model, check_width, find_head, split_state
-from fedstill.models.randomness import random_layers
 from fedstill.names import unknown
 from fedstill.rng import numpy_stream, torch_stream
 from fedstill.training import used_in_epoch
 from fedstill.weights import Weights
-
-
-def resolve(config: Config) -> Config:
-    """Return the configuration with every ``auto`` made definite, by a fixed table and never by a timing."""
-    execution = config.execution
-    device = execution.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("execution.device = 'cuda', but PyTorch sees no CUDA device here")
-    executor = execution.executor
-    if executor == "auto":
-        executor = "threads" if device == "cpu" else "vectorized"
-    workers = execution.workers or os.cpu_count() or 1
-    resolved = execution.model_copy(update={"device": device, "executor": executor, "workers": workers})
-    return config.model_copy(update={"execution": resolved})
 
 
 def build(config: Config) -> tuple[Federation, list[str]]:
@@ -59,6 +49,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     InputError
         For anything that cannot work; nothing has been written.
     """
+    left_to_us = config.execution.executor == "auto"
     config = resolve(config)
     method = compose(config)
     data = data_of(config)
@@ -71,20 +62,11 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     shown = replace(data.partition, counts=trained_on[:, first:])
     said = notes(shown, data.private_classes, config.local.batch_size if trains_by_sgd(method.objective) else None)
     models = [architecture.model for architecture in architectures]
-    if kinds := sorted({kind for model in models for kind in random_layers(model.module)}):
-        config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
-        said.append(
-            f"the model has {', '.join(kinds)}, which draw from one random stream of the whole process: "
-            f"clients are trained one after another"
-        )
     device = torch.device(config.execution.device)
     for model in models:
         model.module.to(device)
-    if config.execution.executor == "vectorized":
-        reasons = [why_not(method.objective, model, data.shape) for model in models]
-        if found := [reason for reason in reasons if reason]:
-            config = config.model_copy(update={"execution": config.execution.model_copy(update={"executor": "serial"})})
-            said.append(f"{config.method} cannot be vectorized here: {found[0]}; clients are trained one after another")
+    config, doubt = with_possible_executor(config, method.objective, models, data.shape)
+    said += doubt
     architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
     config = with_memory_format(with_client_states(config, architectures, device), models)
     set_products_of_float32(config)
@@ -95,6 +77,8 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         [one.initial for one in architectures], config.data.augment, public,
         config.execution.memory_format == "channels_last",
     )  # fmt: skip
+    config, doubt = with_processes(config, left_to_us, trainer, models)
+    said += doubt
     validation = data.splits.server_validation.to(device)
     federation = Federation(
         config,
@@ -109,6 +93,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         public,
         validation if len(validation) else None,
         Parts(train, [held for _, held, _ in data.parts]),
+        data.fingerprints,
     )
     return federation, said
 
@@ -138,6 +123,11 @@ class Data:
     public: PublicSet | None
 
     @property
+    def fingerprints(self) -> Fingerprints:
+        """Digest of every part that has samples, the public set among them."""
+        return {**self.splits.fingerprints, **({"public": self.public.fingerprint} if self.public else {})}
+
+    @property
     def num_classes(self) -> int:
         """Number of outputs: the private classes, and the public ones where they are outputs of their own."""
         return len(self.class_names)
@@ -157,11 +147,14 @@ def data_of(config: Config) -> Data:
     )
     partition = partition_of(config, splits, raw.num_classes)
     parts = client_parts(partition, keys.client_validation, keys.client_test, seed)
+    if keys.pooled:
+        everyone = np.sort(np.concatenate([train for train, _, _ in parts]))
+        parts = [(everyone, held, tested) for _, held, tested in parts]
     public = None
     if (wanted := config.public).name is not None:
-        folder = Path(wanted.root) if wanted.root else root
+        folder, drawn = Path(wanted.root) if wanted.root else root, seed if wanted.seed is None else wanted.seed
         public = load_public(
-            wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=seed
+            wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=drawn
         )
     data = Data(splits, partition, parts, raw.shape, raw.class_names, raw.class_names, public)
     return with_public_outputs(data) if wanted.labels == "separate" else data
@@ -176,7 +169,10 @@ def with_public_outputs(data: Data) -> Data:
     def shifted(samples: Samples) -> Samples:
         return Samples(samples.x, samples.y + first)
 
-    splits = Splits(*(shifted(part) for part in (data.splits.train, data.splits.server_validation, data.splits.test)))
+    own = data.splits
+    splits = replace(
+        own, train=shifted(own.train), server_validation=shifted(own.server_validation), test=shifted(own.test)
+    )
     counts = np.pad(data.partition.counts, ((0, 0), (first, 0)))
     names = (*data.public.class_names, *data.class_names)
     return replace(data, splits=splits, partition=replace(data.partition, counts=counts), class_names=names)
@@ -197,6 +193,7 @@ def partition_of(config: Config, splits: Splits, num_classes: int) -> Partition:
         ratio=data.ratio,
         samples_per_class=data.samples_per_class,
         classes_per_client=data.classes_per_client,
+        subclasses=splits.subclasses,
         replay=data.replay,
         seed=config.seed.data,
     )
@@ -331,74 +328,6 @@ def with_fixed_steps(config: Config, method: Method, info: FederationInfo) -> Co
     return config.model_copy(update={"local": config.local.model_copy(update={"steps": steps})})
 
 
-MEMORY_PART = 10
-"""Above this part of the device's memory, a tenth, ``execution.client_states = "auto"`` means disk."""
-
-
-def with_client_states(config: Config, architectures: Sequence[Architecture], device: torch.device) -> Config:
-    """Return the configuration with the place where absent clients' states wait.
-
-    What a client keeps is known only once it has kept it. It is taken to be one model, and one more where its last
-    upload is kept too; of the methods here FedMD keeps most, its model and two Adams, which still goes into a half.
-    """
-    execution = config.execution
-    if execution.client_states != "auto":
-        return config
-    copies = 2 if "all" in config.eval.models else 1
-    expected = copies * sum(one.info.size * bytes_of(one.initial) for one in architectures)
-    chosen = "disk" if expected * MEMORY_PART > memory_of(device) else "memory"
-    return config.model_copy(update={"execution": execution.model_copy(update={"client_states": chosen})})
-
-
-def with_memory_format(config: Config, models: Sequence[Stateless]) -> Config:
-    """Return the configuration with the layout of images and kernels.
-
-    Measured on a CPU: with the channels innermost, convolutions of few channels are faster and a maximum pooling takes
-    a fraction of its time, a third of a small CNN's step otherwise; GroupNorm is slower. Three poolings pay for three
-    GroupNorms (0.73 to 0.86 of the time), the one of a ResNet does not for its twenty (1.06).
-    """
-    execution = config.execution
-    if execution.memory_format != "auto":
-        return config
-    parts = [part for model in models for part in model.module.modules()]
-    convolves = any(isinstance(part, nn.Conv2d) for part in parts)
-    grouped = sum(isinstance(part, nn.GroupNorm) for part in parts)
-    pooled = sum(isinstance(part, nn.MaxPool2d) for part in parts)
-    pays = execution.device == "cpu" and convolves and pooled >= grouped
-    chosen = "channels_last" if pays else "contiguous"
-    return config.model_copy(update={"execution": execution.model_copy(update={"memory_format": chosen})})
-
-
-def set_products_of_float32(config: Config) -> None:
-    """Tell PyTorch whether a GPU may round the factors of float32 products to TF32; by itself it does in convolutions.
-
-    Raises
-    ------
-    InputError
-        For TF32 without a GPU.
-    """
-    if config.execution.device == "cuda":
-        allowed = config.execution.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    elif config.execution.precision == "tf32":
-        raise InputError("execution.precision: tf32 needs a GPU; float32 and bf16 run on a CPU")
-
-
-def bytes_of(weights: Weights) -> int:
-    """Return the size of a model."""
-    return sum(value.nbytes for value in (*weights.params.values(), *weights.buffers.values()))
-
-
-def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has; 8 GiB where it does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 8 * 2**30
-
-
 def trains_by_sgd(objective: LocalObjective) -> bool:
     """Say whether an objective's clients run the common SGD loop, whose settings are ``[local]``."""
     return type(objective).run is LocalObjective.run
@@ -438,18 +367,3 @@ def evaluation_of(config: Config, data: Data, own: Parts, device: torch.device) 
     counts = torch.from_numpy(data.partition.counts)
     held = own if "clients" in wanted else None
     return Evaluation(sets, held, measured, data.num_classes, config.eval.batch_size, counts)
-
-
-def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Executor:
-    """Return the executor of a resolved configuration."""
-    execution = config.execution
-    workers = min(execution.workers or 1, clients)
-    bf16 = execution.precision == "bf16"
-    if execution.executor == "threads":
-        return ThreadExecutor(models, workers, execution.intra_op_threads, bf16)
-    serial = SerialExecutor(models, execution.intra_op_threads, bf16)
-    if execution.executor == "vectorized":
-        several = workers > 1 and execution.device == "cpu"
-        inner = ThreadExecutor(models, workers, execution.intra_op_threads, bf16) if several else serial
-        return VectorizedExecutor(inner, workers if several else 1, execution.clients_at_once)
-    return serial

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class ClientResult:
     steps: int
     loss: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,13 @@ class LocalTrainer:
     channels_last: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process."""
+        return {name: value for name, value in vars(self).items() if name != "stop"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, stop=threading.Event())
+
     def __call__(self, models: Sequence[Stateless], work: ClientWork) -> ClientResult:
         """Let one client do its round.
 
@@ -188,7 +197,7 @@ class LocalTrainer:
         payload = turn.payload
         if work.send_label_counts:
             payload = payload.also(Kind.LABEL_COUNTS, {"counts": self.label_counts(work.client)})
-        return ClientResult(work.client, payload, turn.state, turn.steps, turn.loss, seconds)
+        return ClientResult(work.client, payload, turn.state, turn.steps, turn.loss, seconds, turn.notes)
 
     def site(self, models: Sequence[Stateless], work: ClientWork) -> Site:
         """Return a client at work."""
@@ -214,10 +223,14 @@ class LocalTrainer:
 
     def task(self, work: ClientWork) -> LocalTask:
         """Return the learning rate and the number of steps of a client's round."""
-        size = len(self.shares[work.client])
-        steps = step_count(size, self.local.batch_size, self.local.epochs, self.local.steps, self.local.last_batch)
         lr = self.local.lr * self.local.lr_decay**work.round
+        size, steps = len(self.shares[work.client]), self.steps_of(work.client)
         return LocalTask(work.round, work.client, size, lr, self.local.lr, steps)
+
+    def steps_of(self, client: int) -> int:
+        """Return how many SGD steps a client's round has."""
+        size, local = len(self.shares[client]), self.local
+        return step_count(size, local.batch_size, local.epochs, local.steps, local.last_batch)
 
 
 def check_finite(trained: Trained, task: LocalTask) -> None:

@@ -59,9 +59,10 @@ class DataSettings(Settings):
     clients: int = Field(10, ge=1)
     """Clients in all, K."""
     partition: str = "dirichlet-per-client"
-    """Who holds what: iid, dirichlet-per-client, dirichlet-per-class, shards, feddf, fedgen, multinomial, per-class."""
+    """Who holds what: iid, dirichlet-per-client, dirichlet-per-class, shards, feddf, fedgen, multinomial, per-class,
+    per-subclass."""
     beta: float = Field(0.3, gt=0)
-    """Concentration of the Dirichlet partitions (not iid, shards, per-class); small is skewed."""
+    """Concentration of the Dirichlet partitions (not iid, shards, per-class, per-subclass); small is skewed."""
     sigma: float = Field(0.0, ge=0)
     """Log-normal spread of the clients' sizes (iid, dirichlet-per-client); 0 is balanced."""
     shards_per_client: int = Field(2, ge=1)
@@ -71,7 +72,7 @@ class DataSettings(Settings):
     ratio: float = Field(1.0, gt=0, le=1)
     """Part of the data (fedgen): a class gives at most this part of itself and of the mean client, N/K."""
     samples_per_class: int = Field(3, ge=1)
-    """Samples of each of its classes that a client gets (per-class); the others are not used."""
+    """Samples of each of its classes that a client gets (per-class, per-subclass); the others are not used."""
     classes_per_client: int | None = Field(None, ge=1)
     """Classes of a client (per-class), c of M: client k has (k c + j) mod M for j = 0 to c - 1; by default all."""
     replay: bool = False
@@ -80,6 +81,9 @@ class DataSettings(Settings):
     """Part of each client's share that is held out for validation."""
     client_test: float = Field(0.0, ge=0, lt=1)
     """Part of each client's share that is held out for testing."""
+    pooled: bool = False
+    """Every client trains on all clients' training samples together: the bound that no collaboration is expected to
+    pass. Who holds what, and what a client is measured on, stays."""
     augment: str = "none"
     """Training augmentation: none, flip-crop-half (FedFTG's), flip-crop."""
 
@@ -116,6 +120,8 @@ class PublicSettings(Settings):
     """Folder of the data sets; by default that of the private data."""
     samples: int | None = Field(None, ge=1)
     """How many of its training samples, a random subset; by default all."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of that subset; by default seed.data."""
     classes: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """Only these classes, relabelled from 0."""
     labels: Literal["same", "separate"] = "same"
@@ -182,11 +188,13 @@ class EvalSettings(Settings):
 class ExecutionSettings(Settings):
     """``[execution]``: how the same numbers are computed."""
 
-    executor: Literal["auto", "serial", "threads", "vectorized"] = "auto"
-    """serial; threads (the same bits); vectorized: the cohort as one batched model (serial's numbers up to rounding);
-    auto: threads on a CPU, vectorized on a GPU."""
+    executor: Literal["auto", "serial", "threads", "processes", "vectorized"] = "auto"
+    """serial; threads, processes (the same bits); vectorized: the cohort as one batched model (serial's numbers up to
+    rounding); auto: on a CPU threads, or processes for long runs of small models without convolutions; vectorized on a
+    GPU."""
     workers: int | None = Field(None, ge=1)
-    """Clients trained at a time by `threads`, batches of them by `vectorized` on a CPU; by default one per core."""
+    """Clients trained at a time by `threads` and `processes`, batches of them by `vectorized` on a CPU; by default one
+    per core."""
     clients_at_once: int | None = Field(None, ge=1)
     """Clients batched with each other by `vectorized`, which bounds its memory; by default the whole cohort."""
     intra_op_threads: int = Field(1, ge=1)
@@ -432,6 +440,22 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[A
         tables = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
         found |= keys(tables[0], f"{prefix}{name}.") if tables else {f"{prefix}{name}": parts}
     return found
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return a configuration by dotted keys; several models count as ``model.0.name``."""
+
+    def entries(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from entries(f"{prefix}.{key}" if prefix else key, part)
+        else:
+            yield prefix, value
+
+    tables = config.model_dump(mode="json")
+    models = tables["model"]
+    tables["model"] = models[0] if len(models) == 1 else {str(place): model for place, model in enumerate(models)}
+    return dict(entries("", tables))
 
 
 def _explain(

@@ -129,8 +129,6 @@ class Comparison:
 def demo(out: Path, short: bool = False, console: Console | None = None, workers: int | None = None) -> Comparison:
     """Run the demonstration.
 
-    Worker processes are started afresh, so a script that calls this needs ``if __name__ == "__main__":``.
-
     Parameters
     ----------
     out : Path

@@ -16,6 +16,7 @@ from fedstill.client import ClientResult, ClientWork, LocalTrainer
 from fedstill.client_states import ClientStates
 from fedstill.config import Config
 from fedstill.data.dataset import Samples
+from fedstill.data.fingerprint import Fingerprints
 from fedstill.data.partition import Partition
 from fedstill.distill.teachers import GroupedTeachers, StackedTeachers, Teachers
 from fedstill.errors import RunError
@@ -88,7 +89,9 @@ class Federation:
     public: Samples | None = None
     validation: Samples | None = None
     held_out: Sequence[Samples] | None = None
+    data_fingerprints: Fingerprints = field(default_factory=dict)
     on_client: Callable[[int, int, int], None] = lambda round, done, of: None
+    on_note: Callable[[str], None] = lambda line: None
 
     @property
     def model(self) -> Stateless:
@@ -188,6 +191,8 @@ class Federation:
         try:
             for result in self.executor.run(self.trainer, works):
                 results.append(result)
+                for note in result.notes:
+                    self.on_note(f"round {round + 1}, client {result.client}: {note}")
                 self.on_client(round, len(results), len(works))
         finally:
             self.trainer.stop.set()

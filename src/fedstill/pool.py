@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Any, Literal, Protocol, TypeVar
 
 from fedstill.errors import FedstillError, RunError
@@ -85,12 +87,12 @@ def outcomes(
     """
     waiting = deque(enumerate(jobs))
     busy: dict[Connection, int] = {}
-    processes: dict[Connection, SpawnProcess] = {}
+    workers_by_pipe: dict[Connection, Worker] = {}
 
     def start() -> None:
-        pipe, process = _start()
-        processes[pipe] = process
-        go_on(pipe)
+        worker = Worker.start()
+        workers_by_pipe[worker.pipe] = worker
+        go_on(worker.pipe)
 
     def go_on(pipe: Connection) -> None:
         if waiting:
@@ -105,7 +107,7 @@ def outcomes(
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
-                kind, content = _receive(pipe, processes[pipe])
+                kind, content = workers_by_pipe[pipe].receive()
                 if kind == "news":
                     hear(busy[pipe], content)
                     continue
@@ -118,31 +120,57 @@ def outcomes(
                         start()
                 yield position, content if kind == "done" else Failure(content)
     finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.join()
+        end(list(workers_by_pipe.values()))
 
 
-def _start() -> tuple[Connection, SpawnProcess]:
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there,), daemon=True)
-    with _interrupts_ignored():
-        process.start()
-    there.close()
-    return here, process
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """A new process that does the jobs that come through its pipe, until that is closed or it is ended."""
+
+    pipe: Connection
+    process: SpawnProcess
+
+    @staticmethod
+    def start() -> Worker:
+        """Start a process; it knows nothing of the program that started it but where modules are found."""
+        context = get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there,), daemon=True)
+        with _interrupts_ignored(), _main_hidden():
+            process.start()
+        there.close()
+        return Worker(here, process)
+
+    def receive(self) -> Message:
+        """Wait for its next word; one that has died says so."""
+        try:
+            kind, content = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join(timeout=5)
+            code = self.process.exitcode or 0
+            killed = f"was killed by signal {-code}; was there enough memory?"
+            return "dead", RunError(f"a worker process {killed if code < 0 else f'ended with exit code {code}'}")
+        return kind, RuntimeError(f"in a worker process:\n{content}") if kind == "failed" else content
 
 
-def _receive(pipe: Connection, process: SpawnProcess) -> Message:
+def end(workers: Sequence[Worker]) -> None:
+    """End processes, whatever they are doing."""
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join()
+        worker.pipe.close()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Let a process that starts here not import the program that was started: that may be a script without a guard."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        kind, content = pipe.recv()
-    except (EOFError, ConnectionError):
-        process.join(timeout=5)
-        code = process.exitcode or 0
-        how = f"was killed by signal {-code}; was there enough memory?" if code < 0 else f"ended with exit code {code}"
-        return "dead", RunError(f"a worker process {how}")
-    return kind, RuntimeError(f"in a worker process:\n{content}") if kind == "failed" else content
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 @contextmanager
@@ -173,11 +201,14 @@ def _work(pipe: Connection) -> None:
             job: Job[object] = pipe.recv()
         except (EOFError, ConnectionError):
             return
+        except Exception:  # what was sent cannot be made here, such as an object of a module that is not found
+            send("failed", traceback.format_exc())
+            continue
         try:
             result = job(lambda news: send("news", news))
         except FedstillError as error:
             send("refused", error)
-        except Exception:
+        except Exception:  # a mistake of the job: its traceback is for the program that has sent it
             send("failed", traceback.format_exc())
         else:
             send("done", result)

@@ -17,9 +17,10 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedstill.build import data_of, fitted, resolve
-from fedstill.config import Config
+from fedstill.build import data_of, fitted
+from fedstill.config import Config, flat
 from fedstill.errors import FedstillError, InputError, RunError
+from fedstill.execution.choices import resolve
 from fedstill.experiment import resume, run
 from fedstill.methods.registry import compose
 from fedstill.pool import Failure, outcomes
@@ -27,13 +28,11 @@ from fedstill.progress import Reporter, Tell, seconds_spent
 from fedstill.runs.directory import RunDirectory, lock, read_metrics, write_json
 from fedstill.runs.files import write_atomically
 from fedstill.studies.display import Pace, StudyDisplay
-from fedstill.studies.plan import Cell, Study
-from fedstill.studies.results import FAILED, INDEX, SAME_RESULTS, flat
+from fedstill.studies.plan import COPY, Cell, Study, copy_of
+from fedstill.studies.results import FAILED, INDEX, SAME_RESULTS
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk says that no other run could write to either."""
-COPY = "study.toml"
-"""The study file's copy in the results folder."""
 
 State = Literal["finished", "interrupted", "failed", "new"]
 
@@ -97,8 +96,6 @@ def sweep(
     console: Console | None = None,
 ) -> Outcome:
     """Run what a study has not got yet.
-
-    Worker processes are started afresh, so a script that calls this needs ``if __name__ == "__main__":``.
 
     Parameters
     ----------
@@ -283,13 +280,18 @@ def check(cells: Sequence[Cell]) -> None:
 
 @contextmanager
 def opened(study: Study, cells: Sequence[Cell] | None, folder: Path) -> Iterator[None]:
-    """Keep a results folder to oneself, with the study file and the list of its runs in it; None leaves the list."""
+    """Keep a results folder to oneself, with the study file, what it names, and the list of its runs.
+
+    None leaves the list.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: this folder cannot be made ({error.strerror or error})") from error
     with full_disk_ends_all(), closing(lock(folder)):
         write_atomically(folder / COPY, study.text.encode())
+        for config, text in study.configs.items():
+            write_atomically(folder / copy_of(config), text.encode())
         if cells is not None:
             write_index(study, cells, folder)
         yield
@@ -335,7 +337,8 @@ def run_cells(
 def in_one_process(config: Config, at_a_time: int) -> Config:
     """Return the configuration that trains one client at a time where several runs share the processor.
 
-    ``serial`` gives the same bits as the ``threads`` that ``auto`` would be, so that results do not depend on it.
+    ``serial`` gives the same bits as the ``threads`` or ``processes`` that ``auto`` would be, so that results do not
+    depend on it.
     """
     if at_a_time == 1 or config.execution.executor != "auto" or resolve(config).execution.executor != "threads":
         return config
