@@ -1,7 +1,8 @@
 """fedstill: federated learning by distillation.
 
 ``fedstill.run(config)`` runs an experiment. The parts stand alone too: :func:`make_partition` shares data among
-clients, :class:`LocalTrainer` trains one of them, :class:`FedFTG` refines a model from any list of teachers.
+clients, :class:`LocalTrainer` trains one of them, :class:`FedFTG` and :class:`FedDF` refine a model from any list of
+teachers.
 """
 
 from fedstill import presets
@@ -14,6 +15,7 @@ from fedstill.errors import FedstillError, InputError, RunError
 from fedstill.evaluation import evaluate
 from fedstill.experiment import Result, accuracies, resume, run
 from fedstill.federation import Federation
+from fedstill.methods.feddf import FedDF, FedDFSettings
 from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.models import build_model
 from fedstill.trackers import MLflowTracker, WandbTracker
@@ -24,6 +26,8 @@ __all__ = [
     "Callback",
     "ClientWork",
     "Config",
+    "FedDF",
+    "FedDFSettings",
     "FedFTG",
     "FedFTGSettings",
     "Federation",

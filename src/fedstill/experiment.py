@@ -198,6 +198,7 @@ class _Loop:
     def _rounds(self, on_disk: ClientFiles | None) -> None:
         config = self.federation.config
         self.federation.on_client = self.callbacks.client_ended
+        self.federation.on_note = self.log
         while self.state.round < config.train.rounds:
             following, record = self.federation.run_round(self.state)
             if self.files:

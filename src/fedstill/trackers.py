@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from fedstill.callbacks import Callback, RunInfo, StopRun
-from fedstill.config import TrackingSettings
+from fedstill.config import TrackingSettings, flat
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.runs.directory import flatten, write_json
@@ -105,8 +105,6 @@ class MLflowTracker(Callback):
         self._client.set_terminated(self._ledger.id, status="FINISHED" if _went_well(error) else ended)
 
     def _begin(self, run: RunInfo) -> None:
-        from fedstill.studies.results import flat
-
         self._ledger.id = self._client.create_run(self._experiment(), run_name=_title(run)).info.run_id
         self._ledger.write()
         keys = [

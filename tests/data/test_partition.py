@@ -16,7 +16,7 @@ from fedstill.data import Partition, client_parts, list_protocols, make_partitio
 from fedstill.errors import InputError
 
 PROTOCOLS = [name for name, _ in list_protocols()]
-WHOLE = [name for name in PROTOCOLS if name != "per-class"]
+WHOLE = [name for name in PROTOCOLS if not name.startswith("per-")]
 LABELS = np.random.default_rng(5).integers(0, 10, 2003)
 NAMES = [f"class {label}" for label in range(10)]
 
@@ -30,6 +30,7 @@ def make(labels: np.ndarray = LABELS, classes: int = 10, **changes: Any) -> Part
         "shards_per_client": 2,
         "min_size": 10,
         "replay": False,
+        "subclasses": labels * 2 + np.arange(len(labels)) % 2,
         "seed": 0,
     }
     return make_partition(labels, classes, **(asked | changes))
@@ -245,6 +246,28 @@ def test_per_class_can_use_up_every_sample() -> None:
         make((np.arange(60) % 3)[:59], 3, protocol="per-class", clients=4, samples_per_class=5)
 
 
+def test_per_subclass_gives_a_client_one_subclass_of_each_class() -> None:
+    """Two classes: 0 has the sub-classes 4, 7, 9, and 1 has 2, 5; their samples are mixed."""
+    fine = np.array([4, 2, 7, 5, 9, 2, 4, 5, 7, 2, 9, 5, 4, 2, 7, 5, 9, 2, 4, 5])
+    labels = np.isin(fine, [2, 5]).astype(np.int64)
+    made = make(labels, 2, protocol="per-subclass", clients=4, samples_per_class=2, subclasses=fine)
+    assert made.counts.tolist() == [[2, 2]] * 4
+    assert [sorted(fine[own]) for own in made.indices] == [[2, 2, 4, 4], [5, 5, 7, 7], [2, 2, 9, 9], [4, 4, 5, 5]]
+    assert len(set(np.concatenate(made.indices))) == 16
+    others = make(labels, 2, protocol="per-subclass", clients=4, samples_per_class=2, subclasses=fine, seed=1)
+    assert others.fingerprint != made.fingerprint
+
+
+def test_per_subclass_that_cannot_be() -> None:
+    fine = np.arange(40) % 4
+    with pytest.raises(
+        InputError, match=r"2 clients are to have 6 samples each of sub-class 1 of class 1, which has 10"
+    ):
+        make(fine % 2, 2, protocol="per-subclass", clients=3, samples_per_class=6, subclasses=np.where(fine, fine, 2))
+    with pytest.raises(InputError, match=r"class 2 has no sample; take more data\.train_samples"):
+        make(fine % 2, 3, protocol="per-subclass", clients=2, subclasses=fine)
+
+
 def test_test_shares_follow_the_classes_that_a_client_owns() -> None:
     counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 4]])
     labels = np.array([0, 1, 0, 2, 0, 2, 1, 0, 0, 2, 0, 0, 2, 2, 2])
@@ -287,6 +310,8 @@ def test_test_shares_can_be_empty_and_refuse_other_labels() -> None:
         ({"protocol": "per-class", "samples_per_class": 0}, r"data\.samples_per_class must be"),
         ({"protocol": "per-class", "classes_per_client": 0}, r"data\.classes_per_client must be from 1 to the 10"),
         ({"protocol": "per-class", "classes_per_client": 11}, r"data\.classes_per_client must be from 1 to the 10"),
+        ({"protocol": "per-subclass", "samples_per_class": 0}, r"data\.samples_per_class must be"),
+        ({"protocol": "per-subclass", "subclasses": None}, r"data\.partition: 'per-subclass' needs a data set whose"),
         ({"protocol": "per-class", "replay": True}, r"data\.replay: there is no replay of 'per-class'"),
         (
             {"protocol": "iid", "classes_per_client": 2},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedstill.data import list_datasets, load_dataset, load_raw
+from fedstill.data import list_datasets, load_dataset, load_raw, split
 from fedstill.errors import InputError
 
 Arrays = dict[str, np.ndarray]
@@ -66,7 +66,7 @@ def sums(folder: Path, name: str, arrays: Arrays) -> None:
 
 def test_every_source_is_listed_with_one_line() -> None:
     listed = dict(list_datasets())
-    assert list(listed) == ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+    assert list(listed) == ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_superclasses"]
     assert all(summary and "\n" not in summary for summary in listed.values())
 
 
@@ -153,6 +153,50 @@ def test_checksums_are_compared_where_listed(tmp_path: Path) -> None:
         load_raw("mnist", tmp_path)
     save(tmp_path, "fashion_mnist", changed)
     assert len(load_raw("fashion_mnist", tmp_path).x_train) == 30
+
+
+def superclasses(train: int = 40, test: int = 20) -> Arrays:
+    """CIFAR-100 in small: the fine label is 3 times the superclass and 0, 1 or 2, in another order than the file's."""
+    arrays = colour(train, test)
+    for part, count in (("train", train), ("test", test)):
+        coarse = np.arange(count) % 20
+        arrays[f"y_{part}_coarse"] = coarse.astype(np.uint8)
+        arrays[f"y_{part}"] = (3 * coarse + np.arange(count) % 3).astype(np.uint8)
+    return arrays
+
+
+def test_superclasses_are_read_from_the_file_of_their_classes(tmp_path: Path) -> None:
+    arrays = superclasses()
+    save(tmp_path, "cifar100", arrays)
+    sums(tmp_path, "cifar100", arrays)
+    fine, coarse = load_raw("cifar100", tmp_path), load_raw("cifar100_superclasses", tmp_path)
+    assert (fine.num_classes, coarse.num_classes, len(set(coarse.class_names))) == (100, 20, 20)
+    assert fine.subclasses is None
+    assert coarse.subclasses is not None
+    assert np.array_equal(coarse.subclasses, fine.y_train)
+    assert np.array_equal(coarse.y_train, coarse.subclasses // 3)
+    assert coarse.y_test.tolist() == list(range(20))
+    assert np.array_equal(coarse.x_train, fine.x_train)
+    chosen = coarse.only([7, 2])
+    assert chosen.subclasses is not None
+    assert np.array_equal(chosen.subclasses // 3, np.array([7, 2])[chosen.y_train])
+    splits = split(chosen, train_samples=3, test_samples=None, server_validation=0, seed=0)
+    assert splits.subclasses is not None
+    assert np.array_equal(splits.subclasses // 3, np.array([7, 2])[splits.train.y.numpy()])
+
+
+def test_superclasses_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cifar100\.npz does not exist.*y_train_coarse, y_test_coarse, images"):
+        load_raw("cifar100_superclasses", tmp_path)
+    save(tmp_path, "cifar100", colour(40, 20))
+    with pytest.raises(InputError, match="has no array y_train_coarse"):
+        load_raw("cifar100_superclasses", tmp_path)
+    for name, low, high in (("y_test_coarse", 20, 19), ("y_train", 100, 99)):
+        arrays = superclasses()
+        arrays[name][0] = low
+        save(tmp_path, "cifar100", arrays)
+        with pytest.raises(InputError, match=f"{name} must be within 0 to {high}"):
+            load_raw("cifar100_superclasses", tmp_path)
 
 
 def test_unknown_name_tells_the_nearest_and_all() -> None:

@@ -118,6 +118,105 @@ def test_a_linear_student_ends_in_the_mean_of_linear_teachers() -> None:
             torch.testing.assert_close(got - got.mean(0), wanted - wanted.mean(0), rtol=0, atol=1e-3)
 
 
+# On any list of models
+
+
+def constant(logit: float) -> nn.Module:
+    """Return a model of two outputs: ``w x + b`` with all w 0, the logits of every sample (logit, 0)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
+    nn.init.zeros_(model[1].weight)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([logit, 0.0], dtype=torch.float64))
+    return model
+
+
+def test_a_step_on_any_list_of_models_by_hand() -> None:
+    """Teachers at logits 0 and log 9 weigh 1/4 and 3/4; the student at (1/2, 1/2) takes one step of SGD.
+
+    The slope of the KL in the student's logits is s - q, whatever x is. So the bias moves by lr (q - s), and the
+    weights by lr (q - s) times the mean of x, which is (1, 1, 1, 1): the samples are all ones.
+    """
+    student, teachers = constant(0.0), [constant(0.0), constant(math.log(9))]
+    keys = {"steps": 1, "batch_size": 5, "optimiser": "sgd", "lr_student": 0.5, "patience": 0}
+    wanted = {"logits": 9**0.75 / (9**0.75 + 1), "probabilities": 0.25 * 0.5 + 0.75 * 0.9}
+    for average, q in wanted.items():
+        student = constant(0.0)
+        method = FedDF(FedDFSettings(**keys, average=average, client_weights="samples"))
+        ones = torch.ones(7, 1, 2, 2)  # float32, while the models are float64
+        returned, state, metrics = method.distil(student, teachers, [[2, 0], [1, 5]], (1, 2, 2), unlabelled=ones)
+        assert returned is student
+        assert state == {}
+        step = 0.5 * (q - 0.5)
+        torch.testing.assert_close(student[1].bias, torch.tensor([step, -step], dtype=torch.float64))
+        torch.testing.assert_close(student[1].weight, torch.tensor([[step] * 4, [-step] * 4], dtype=torch.float64))
+        loss = q * math.log(2 * q) + (1 - q) * math.log(2 * (1 - q))
+        assert metrics == {
+            "student_loss": pytest.approx(loss), "grad_norm": pytest.approx((q - 0.5) * math.sqrt(10)),
+            "steps": 1.0, "teachers_dropped": 0.0,
+        }  # fmt: skip
+    assert all(torch.equal(teacher[1].weight, torch.zeros(2, 4, dtype=torch.float64)) for teacher in teachers)
+    assert [float(teacher[1].bias[0]) for teacher in teachers] == [0.0, math.log(9)]
+
+
+def test_validation_drops_a_teacher_and_finds_the_best_student() -> None:
+    """All labels are 0; chance is 1/2, so that the teacher of the other class is dropped and the other one teaches."""
+    settings = FedDFSettings(steps=4, batch_size=3, patience=4, validate_every=1, drop_below=1.2, lr_student=0.1)
+    x, labels = torch.ones(6, 1, 2, 2), torch.zeros(6, dtype=torch.int32)
+    student = constant(-0.3)
+    _, _, metrics = FedDF(settings).distil(
+        student, [constant(-3.0), constant(3.0)], [[1, 1], [1, 1]], (1, 2, 2), unlabelled=x, validation=(x, labels)
+    )
+    assert metrics["teachers_dropped"] == 1.0
+    assert metrics["validation_accuracy"] == 1.0
+    # Each Adam step of 0.1 moves every number by 0.1 at first: the difference of the logits, -0.3, rises by 1.0.
+    assert metrics["best_step"] == 1.0
+    bias, weight = student[1].bias.detach(), student[1].weight.detach()
+    torch.testing.assert_close(bias, torch.tensor([-0.2, -0.1], dtype=torch.float64))
+    torch.testing.assert_close(weight, torch.tensor([[0.1] * 4, [-0.1] * 4], dtype=torch.float64))
+
+
+def test_modules_and_a_federations_round_are_refined_alike() -> None:
+    student, teachers = network(0), [network(number) for number in (1, 2, 3)]
+    model, start, stacked = scene()
+    public = samples(20)
+    for keys in ({}, DATA_FREE):
+        module, fusion = copy.deepcopy(student), method(**keys)
+        unlabelled = public.x if fusion.needs_public else None
+        _, state, metrics = fusion.distil(module, teachers, COUNTS, SHAPE, unlabelled=unlabelled)
+        same = replace(context(public=public), stream=lambda purpose: torch_stream(2, purpose, 0))
+        refined = fusion.refine(model, start, stacked, {}, same)
+        assert state.keys() == refined.state.keys()
+        assert metrics == pytest.approx(refined.metrics, rel=1e-4)
+        for name, value in {**refined.weights.params, **refined.weights.buffers}.items():
+            torch.testing.assert_close(module.state_dict()[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "given", "says"),
+    [
+        ({}, {"unlabelled": None}, "inputs = 'unlabelled' needs samples, unlabelled=x"),
+        ({"inputs": "noise"}, {}, "inputs = 'noise' takes no samples"),
+        ({"inputs": "real"}, {"unlabelled": None}, "an oracle for simulation"),
+        ({"patience": 5}, {}, "needs validation"),
+        ({}, {"unlabelled": torch.zeros(3, 64)}, r"expected normalised floating-point images of shape \(N, 1, 8, 8\)"),
+        ({}, {"unlabelled": torch.zeros(0, *SHAPE)}, "one at least"),
+        ({}, {"unlabelled": torch.zeros(3, *SHAPE, dtype=torch.uint8)}, "unlabelled: samples are torch.uint8"),
+        ({}, {"validation": (torch.zeros(3, *SHAPE), torch.tensor([0, 1, CLASSES]))}, "validation: .* from 0 to 3"),
+        ({}, {"validation": (torch.zeros(3, *SHAPE), torch.zeros(2, dtype=torch.int64))}, "each of 3 samples"),
+        ({}, {"class_counts": COUNTS[:2]}, "expected one row of class counts for each of 3 teachers"),
+        ({}, {"class_counts": COUNTS[:, :3]}, "but the data has 3 classes"),
+        ({"augment": "turn"}, {}, "unknown augmentation"),
+    ],
+)
+def test_what_distil_refuses_leaves_the_student(keys: dict[str, object], given: dict[str, object], says: str) -> None:
+    student = network(0)
+    before = copy.deepcopy(student.state_dict())
+    usual = {"class_counts": COUNTS, "input_shape": SHAPE, "unlabelled": torch.zeros(3, *SHAPE)}
+    with pytest.raises(InputError, match=says):
+        method(**keys).distil(student, [network(number) for number in (1, 2, 3)], **{**usual, **given})
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 # The student's steps
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_quantile_as_tabulated(degrees: int, tabulated: float) -> None:
 
 
 def test_quantile_as_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="SciPy, an independent implementation, is not installed")
     for degrees in [*range(1, 40), 999, 1000]:
         for probability in (0.5, 0.9, 0.95, 0.999):
             expected = stats.t.ppf((1 + probability) / 2, degrees)
@@ -55,7 +56,7 @@ def test_paired_difference_by_hand() -> None:
 
 
 def test_paired_difference_as_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="SciPy, an independent implementation, is not installed")
     ours, base = [0.61, 0.72, 0.55, 0.68, 0.7], [0.6, 0.65, 0.58, 0.6, 0.66]
     low, high = stats.ttest_rel(ours, base).confidence_interval(0.95)
     found = paired_difference(*(dict(zip("abcde", values)) for values in (ours, base)))
@@ -245,12 +246,52 @@ def test_other_test_samples_are_refused(tmp_path: Path, key: str) -> None:
         compare(paths)
 
 
-def test_another_data_file_is_refused(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / name, [0.5], f"local.lr={lr}") for name, lr in (("one", 0.1), ("other", 0.2))]
-    for place, path in enumerate(paths):
-        (path / "partition.json").write_text(json.dumps({"fingerprint": "same", "data_fingerprint": str(place)}))
-    with pytest.raises(InputError, match="fingerprints differ"):
+def two(folder: Path, one: Mapping[str, object], other: Mapping[str, object], *keys: str) -> list[Path]:
+    """Write two runs of one seed that differ in a learning rate, with these lines in partition.json."""
+    paths = []
+    for name, held in (("one", one), ("other", other)):
+        paths.append(write_run(folder / name, [0.5], f"local.lr={len(name)}", *(keys if name == "other" else ())))
+        (paths[-1] / "partition.json").write_text(json.dumps({"fingerprint": "same", **held}))
+    return paths
+
+
+def held(**samples: str) -> dict[str, object]:
+    return {"data_fingerprint": {"train": "a", "test": "b", **samples}}
+
+
+@pytest.mark.parametrize(
+    ("other", "keys", "says"),
+    [
+        (held(test="c"), [], "their test samples differ (the same keys, other fingerprints)"),
+        (held(train="c"), ["data.root='x'"], "their training samples differ (data.root is None and x)"),
+        (held(train="c", test="c"), [], "their training samples and test samples differ (the same keys"),
+        (
+            {**held(train="c"), "fingerprint": "else"},
+            [],
+            "their training samples differ and their clients hold different samples (the same keys",
+        ),
+    ],
+)
+def test_other_samples_are_refused(tmp_path: Path, other: dict[str, object], keys: list[str], says: str) -> None:
+    one, second = paths = two(tmp_path, held(), other, *keys)
+    with pytest.raises(InputError) as caught:
         compare(paths)
+    assert f"{one} and {second} cannot be compared: with data seed 0 {says}" in str(caught.value)
+    assert len(compare(paths, anyway=True).tables[0].summaries) == 2
+
+
+def test_samples_that_nothing_was_measured_on_may_differ(tmp_path: Path) -> None:
+    """The public set and the server's validation part belong to a method; the test set alone is measured here."""
+    paths = two(tmp_path, held(), held(public="x", validation="y"))
+    assert compare(paths).tables[0].remarks == ()
+
+
+def test_older_runs_without_fingerprints_are_compared_and_named(tmp_path: Path) -> None:
+    paths = two(tmp_path, held(), {})
+    (remark,) = compare(paths).tables[0].remarks
+    assert remark == (
+        f"1 of 2 runs have no fingerprint of their samples, so that only the shares were compared ({paths[1]} is one)"
+    )
 
 
 def planned(folder: Path, key: str, partitions: tuple[str, str]) -> Path:
@@ -323,6 +364,15 @@ def test_remarks_on_rounds_machines_and_versions(tmp_path: Path) -> None:
         "seconds come from different machines",
         "made by different versions (environment.json of each run)",
     )
+
+
+def test_seconds_without_a_pre_training_that_was_there_are_remarked(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(place), [0.5], f"method={method}", "fedmd.pretraining_cache=a")
+        for place, method in enumerate(["fedmd", "fedavg"])
+    ]
+    said = ("seconds are without the pre-training that a run found in fedmd.pretraining_cache (its log.txt says)",)
+    assert [compare(run).tables[0].remarks for run in runs] == [said, ()]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +487,7 @@ def test_latex_names_are_escaped(nasty: Comparison) -> None:
     assert r"40.0 $\pm$ 25.8" in text
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX")
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here: pdflatex is not on the path")
 def test_latex_compiles(nasty: Comparison, tmp_path: Path) -> None:
     body = as_text(nasty, "latex", everything=True)
     document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{body}\\end{{document}}\n"

@@ -12,6 +12,7 @@ from fedstill.presets import preset
 from fedstill.studies import Study, sweep
 from fedstill.studies.plan import folder_of, slug
 
+STUDIES = Path(__file__).parents[2] / "studies"
 STUDY = """
 title = "Three axes"
 seeds = [0, 1]
@@ -232,3 +233,12 @@ def test_overrides_that_cannot_work_are_refused(tmp_path: Path) -> None:
 )
 def test_a_search_that_cannot_work_is_refused(tmp_path: Path, search: str, says: str) -> None:
     assert says in refusal(tmp_path, f"[search]\n{search}")
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda file: file.name)
+def test_a_study_of_this_repository_can_be_read(file: Path) -> None:
+    seeds = {cell.config.seed.data for cell in Study.load(file).cells}
+    assert seeds
+    if file.name == "digits.toml":  # the README says what it is
+        assert len(Study.load(file).cells) == 9
+        assert seeds == {0, 1, 2}

@@ -9,9 +9,10 @@ import pytest
 from written import cell, line, write_index, write_run
 
 import fedstill
+from fedstill.config import flat
 from fedstill.errors import InputError
 from fedstill.studies.compare import compare, figures_of, per_class
-from fedstill.studies.results import flat, groups, read, read_run, read_study
+from fedstill.studies.results import groups, read, read_run, read_study
 from small import small
 
 SHARED = {"final", "best", "last_mean", "mean", "seconds", "megabytes", "seconds_per_round", "megabytes_per_round"}
@@ -48,6 +49,9 @@ def test_record_of_every_method(tmp_path: Path, method: str) -> None:
     assert run.whole
     assert run.records == json.loads(json.dumps(result.records))
     assert run.partition == result.federation.partition.fingerprint
+    assert run.data is not None
+    assert set(run.data) >= {"train", "test"}
+    assert run.data == result.federation.data_fingerprints
     assert flat(run.config) == flat(result.config)
     assert run.remarks == ()
     figures = figures_of(run, "test", 5)
@@ -112,6 +116,9 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
         read_run(path)
     (path / "partition.json").write_text("[]")
     with pytest.raises(InputError, match=r"partition\.json: damaged"):
+        read_run(path)
+    (path / "partition.json").write_text('{"fingerprint": "x", "data_fingerprint": "y"}')
+    with pytest.raises(InputError, match=r"partition\.json: damaged, its data_fingerprint is no table"):
         read_run(path)
     with pytest.raises(InputError, match="not a run directory"):
         read([tmp_path])

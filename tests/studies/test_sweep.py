@@ -200,6 +200,29 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(swept: tuple[Path, Outcome, st
     assert RunDirectory.read_config(out / "b" / "seed-1").execution.executor == "threads"
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_results_folder_goes_on_without_the_configurations_that_its_study_named(tmp_path: Path) -> None:
+    own = tmp_path / "mine"
+    (own / "bases").mkdir(parents=True)
+    (own / "bases" / "one.toml").write_text(to_toml(small("train.rounds=1", "local.lr=0.3")))
+    (own / "two.toml").write_text(to_toml(small("train.rounds=1", "method=fedprox")))
+    text = 'config = "bases/one.toml"\n[[setting]]\nname = "a"\n[[setting]]\nname = "b"\nconfig = "two.toml"\n'
+    (own / "tiny.toml").write_text(text)
+    first = sweep(own / "tiny.toml", out=tmp_path / "out", workers=1)
+    assert len(first.done) == 2
+    shutil.rmtree(own)
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    study = Study.load(moved / "study.toml")
+    assert [(cell.config.local.lr, cell.config.method) for cell in study.cells] == [(0.3, "fedavg"), (0.1, "fedprox")]
+    (moved / "study.toml").write_text(f"seeds = [0, 1]\n{text}")
+    for done in (2, 0):  # the second sweep writes the copies again, from themselves
+        outcome = sweep(moved / "study.toml", workers=1)
+        assert (outcome.out, len(outcome.done)) == (moved, done)
+    (moved / "study.toml.two.toml").unlink()  # as in a folder of before there were copies
+    with pytest.raises(InputError, match=r"two\.toml: there is no such file; this is a copy: .* own file, with --out "):
+        sweep(moved / "study.toml")
+
+
 # Failures
 
 

@@ -34,7 +34,9 @@ def write_run(
     config = small(f"train.rounds={len(records) or 1}", f"seed.data={seed}", f"seed.train={seed}", *keys)
     (path / "config.toml").write_text(to_toml(config))
     (path / "environment.json").write_text(json.dumps(environment))
-    (path / "partition.json").write_text(json.dumps({"fingerprint": f"{partition} of seed {seed}"}))
+    samples = {part: f"{part} of seed {seed}" for part in ("train", "test")}
+    fingerprints = {"fingerprint": f"{partition} of seed {seed}", "data_fingerprint": samples}
+    (path / "partition.json").write_text(json.dumps(fingerprints))
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 

@@ -159,6 +159,8 @@ class RawDataSet:
     held_out : int
         For a source without an official split (``x_test`` empty): how many samples of ``x_train`` are
         kept for testing.
+    subclasses : int64 array, (N,), or None
+        Of each training sample, a label finer than its class; None where there is none.
     """
 
     name: str
@@ -171,6 +173,7 @@ class RawDataSet:
     std: tuple[float, ...]
     scale: float = 255.0
     held_out: int = 0
+    subclasses: IntArray | None = None
 
     @property
     def num_classes(self) -> int:
@@ -221,6 +224,7 @@ class RawDataSet:
             y_test=number[self.y_test[test]],
             class_names=tuple(self.class_names[label] for label in classes),
             held_out=max(1, held_out) if self.held_out else 0,
+            subclasses=None if self.subclasses is None else self.subclasses[train],
         )
 
     def normalised(self) -> DataSet:

@@ -51,19 +51,30 @@ def load_folder(
         For a folder that is missing or has no image; a file that is unreadable or of another size or type, which
         it names; images that are all alike without a given normalisation; a shape or constants that cannot be.
     """
+    given = _constants(mean, std, shape[0])
+    return Unlabelled(normalised(read_folder(path, shape), path, given))
+
+
+def read_folder(path: Path | str, shape: tuple[int, int, int]) -> ByteArray:
+    """Return the images (N, H, W, C) under a folder as :func:`load_folder` reads them, not normalised yet."""
     channels, height, width = shape
     if channels not in (1, 3) or height < 1 or width < 1:
         raise InputError(f"images are read as (1, H, W) or (3, H, W), not as {tuple(shape)}")
-    given = _constants(mean, std, channels)
     files = _image_files(Path(path).expanduser())
     pixels = np.empty((len(files), height, width, channels), np.uint8)
     for number, file in enumerate(files):
         pixels[number] = _read(file, (channels, height, width))
+    return pixels
+
+
+def normalised(pixels: ByteArray, path: Path | str, constants: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return a folder's images as (N, C, H, W), by the constants given or by their own."""
+    count, height, width, channels = pixels.shape
     # Copied out of the view with the channels last, so that the batches are laid out as those of other sources.
-    x = torch.empty((len(files), channels, height, width)).copy_(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    x = torch.empty((count, channels, height, width)).copy_(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     x.div_(255)
-    centre, spread = given or _own_constants(x, Path(path))
-    return Unlabelled(x.sub_(centre.view(-1, 1, 1)).div_(spread.view(-1, 1, 1)))
+    centre, spread = constants or _own_constants(x, Path(path))
+    return x.sub_(centre.view(-1, 1, 1)).div_(spread.view(-1, 1, 1))
 
 
 def _constants(

@@ -55,14 +55,15 @@ def make_partition(
     ratio: float = 1.0,
     samples_per_class: int = 3,
     classes_per_client: int | None = None,
+    subclasses: npt.NDArray[np.integer] | None = None,
     replay: bool = False,
     seed: int = 0,
 ) -> Partition:
     """Share the training samples among the clients.
 
-    Every sample is used, save by ``fedgen`` with a ratio below 1, by ``per-class``, and by the replays of ``feddf``
-    and ``multinomial``, which drop the last N mod ``clients`` samples. Where a protocol gives equal sizes, they
-    differ by at most one.
+    Every sample is used, save by ``fedgen`` with a ratio below 1, by ``per-class`` and ``per-subclass``, and by the
+    replays of ``feddf`` and ``multinomial``, which drop the last N mod ``clients`` samples. Where a protocol gives
+    equal sizes, they differ by at most one.
 
     Parameters
     ----------
@@ -89,10 +90,14 @@ def make_partition(
         ``ratio`` times its samples, and a client that holds ``ratio * N / clients`` gets no more classes. With 1 every
         sample is used, as in the released code.
     samples_per_class : int
-        For ``per-class``: how many samples of each of its classes a client gets; FedMD's letters and CIFAR have 3.
+        For ``per-class`` and ``per-subclass``: how many samples of each of its classes a client gets; FedMD's letters
+        and CIFAR have 3, 20 from one sub-class.
     classes_per_client : int or None
         For ``per-class``: how many classes c a client has, client k those with the numbers (k c + j) modulo the
         number of classes, j = 0 to c - 1; by default all.
+    subclasses : integer array, (N,), or None
+        For ``per-subclass``: labels finer than the classes. Of a class with s of them client k gets samples of the one
+        in place k mod s, in ascending order.
     replay : bool
         Draw exactly as the released code does, with its generator seeded with ``seed``: NumPy's legacy one for
         ``dirichlet-per-client`` (FedFTG's loop, its rejection included), ``dirichlet-per-class`` (MOON), ``feddf`` and
@@ -121,6 +126,7 @@ def make_partition(
         ratio=ratio,
         samples_per_class=samples_per_class,
         classes_per_client=classes_per_client,
+        subclasses=None if subclasses is None else np.asarray(subclasses, dtype=np.int64),
     )
     _check(request, protocol)
     if not replay:

@@ -37,6 +37,7 @@ class Request:
     ratio: float
     samples_per_class: int
     classes_per_client: int | None
+    subclasses: IntArray | None = None
 
     @property
     def samples(self) -> int:
@@ -365,6 +366,37 @@ def _counted_per_class(request: Request, rng: np.random.Generator) -> list[IntAr
     return [np.concatenate([next(stacks[label]) for label in hand]) for hand in held]
 
 
+def _counted_per_subclass(request: Request, rng: np.random.Generator) -> list[IntArray]:
+    """Give client k ``samples_per_class`` samples of each class, all from its sub-class number k mod their number."""
+    each, fine = request.samples_per_class, request.subclasses
+    if fine is None:
+        raise InputError(
+            "data.partition: 'per-subclass' needs a data set whose classes have sub-classes: "
+            "data.name = 'cifar100_superclasses'"
+        )
+    if each < 1:
+        raise InputError(f"data.samples_per_class must be at least 1, it is {each}")
+    hands: list[list[IntArray]] = [[] for _ in range(request.clients)]
+    for label, members in enumerate(request.members()):
+        if not len(members):
+            raise InputError(
+                f"data.partition: 'per-subclass': class {label} has no sample; take more data.train_samples"
+            )
+        kinds = np.unique(fine[members])
+        for place, kind in enumerate(kinds):
+            own = rng.permutation(members[fine[members] == kind])
+            takers = hands[place :: len(kinds)]
+            if each * len(takers) > len(own):
+                raise InputError(
+                    f"data.samples_per_class: {len(takers)} clients are to have {each} samples each of sub-class "
+                    f"{kind} of class {label}, which has {len(own)}; take fewer, fewer data.clients, or more "
+                    f"data.train_samples"
+                )
+            for turn, hand in enumerate(takers):
+                hand.append(own[turn * each : (turn + 1) * each])
+    return [np.concatenate([np.zeros(0, np.int64), *hand]) for hand in hands]
+
+
 def _legacy(
     draw: Callable[[Request, np.random.RandomState], list[IntArray]],
 ) -> Callable[[Request, int], list[IntArray]]:
@@ -406,5 +438,9 @@ PROTOCOLS = {
         "a fixed number of samples of each of a client's classes, the others unused (FedMD)",
         _counted_per_class,
         takes=("classes_per_client",),
+    ),
+    "per-subclass": Protocol(
+        "a fixed number of samples of each class, from one of its sub-classes by client (FedMD's unequal CIFAR)",
+        _counted_per_subclass,
     ),
 }

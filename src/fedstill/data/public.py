@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedstill.data.dataset import Samples
-from fedstill.data.folder import load_folder
+from fedstill.data.dataset import IntArray, Samples
+from fedstill.data.fingerprint import fingerprint
+from fedstill.data.folder import normalised, read_folder
 from fedstill.data.sources import list_datasets, load_raw
 from fedstill.errors import InputError
 from fedstill.rng import numpy_stream
@@ -25,10 +26,13 @@ class PublicSet:
         Normalised with the set's own constants; labels are zeros where it has none.
     class_names : tuple of str or None
         None for a folder of images, which has no labels.
+    fingerprint : str
+        Digest of the samples; of a folder, of all its images, since each is normalised by the mean of all.
     """
 
     samples: Samples
     class_names: tuple[str, ...] | None
+    fingerprint: str
 
 
 def load_public(
@@ -66,25 +70,29 @@ def load_public(
     if name not in names and Path(name).is_dir():
         if classes is not None:
             raise InputError(f"public.classes: the folder {name} has no labels to choose by; remove the key")
-        x = load_folder(Path(name), shape).x
-        public = PublicSet(Samples(x, torch.zeros(len(x), dtype=torch.int64)), None)
-    elif name not in names and ("/" in name or name.startswith(".")):
+        pixels = read_folder(Path(name), shape)
+        rows = _rows(samples, len(pixels), name, seed)
+        x = normalised(pixels, name)[torch.from_numpy(rows)]
+        unlabelled = np.zeros(len(pixels), np.int64)
+        found = fingerprint(pixels, unlabelled, np.arange(len(pixels)))
+        return PublicSet(Samples(x, torch.zeros(len(x), dtype=torch.int64)), None, found)
+    if name not in names and ("/" in name or name.startswith(".")):
         raise InputError(f"public.name: there is no folder {name}")
-    else:
-        raw = load_raw(name, root, classes)
-        if raw.shape != shape:
-            raise InputError(
-                f"public.name: one sample of {name} has shape {raw.shape}, but the private data and so the models have "
-                f"{shape}; choose a public set of the same shape"
-            )
-        public = PublicSet(raw.train(), raw.class_names)
-    return PublicSet(_subset(public.samples, samples, name, seed), public.class_names)
+    raw = load_raw(name, root, classes)
+    if raw.shape != shape:
+        raise InputError(
+            f"public.name: one sample of {name} has shape {raw.shape}, but the private data and so the models have "
+            f"{shape}; choose a public set of the same shape"
+        )
+    rows = _rows(samples, len(raw.y_train), name, seed)
+    found = fingerprint(raw.x_train, raw.y_train, rows, (raw.scale, *raw.mean, *raw.std))
+    return PublicSet(raw.train(rows), raw.class_names, found)
 
 
-def _subset(samples: Samples, number: int | None, name: str, seed: int) -> Samples:
+def _rows(number: int | None, there_are: int, name: str, seed: int) -> IntArray:
+    """Return the positions of the samples asked for, ascending."""
     if number is None:
-        return samples
-    if number > len(samples):
-        raise InputError(f"public.samples: {number} samples asked for, and {name} has {len(samples)}")
-    chosen = numpy_stream(seed, "split", "public").permutation(len(samples))[:number]
-    return samples.take(np.sort(chosen))
+        return np.arange(there_are)
+    if number > there_are:
+        raise InputError(f"public.samples: {number} samples asked for, and {name} has {there_are}")
+    return np.sort(numpy_stream(seed, "split", "public").permutation(there_are)[:number])

@@ -1,5 +1,7 @@
 """The named data sets and how they are read: the embedded digits, and npz files in a folder.
 
+``cifar100_superclasses`` is ``cifar100.npz`` once more, with ``y_train_coarse`` and ``y_test_coarse`` as labels.
+
 A file ``<root>/<name>.npz`` holds uint8 ``x_train``, ``y_train``, ``x_test``, ``y_test``, or, for the
 colour sets, the images as strips of lossless WebP: ``x_train_webp`` is a run of WebP files and
 ``x_train_webp_bytes`` their lengths; each is as wide as an image and stacks its images downwards. Where a
@@ -16,7 +18,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,21 @@ telephone television tiger tractor train trout tulip turtle wardrobe whale willo
 """
 
 
+_SUPERCLASS_NAMES = """
+aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
+household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes
+large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees
+vehicles_1 vehicles_2
+"""
+
+
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set before its file is read; ``shape`` is that of a stored image."""
+    """What is known of a data set before its file is read; ``shape`` is that of a stored image.
+
+    ``superclasses_of`` names the data set whose file has these classes as ``y_train_coarse`` and ``y_test_coarse``,
+    and whose own classes are their sub-classes.
+    """
 
     summary: str
     origin: str
@@ -55,6 +69,11 @@ class Source:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    superclasses_of: str | None = None
+
+    def labels(self, part: str) -> str:
+        """Return the name of the array that has a part's labels."""
+        return f"y_{part}_coarse" if self.superclasses_of else f"y_{part}"
 
 
 _DIGITS = "digits"
@@ -100,6 +119,12 @@ _SOURCES: dict[str, Source] = {
         (0.2675, 0.2565, 0.2761),
     ),
 }
+_SOURCES["cifar100_superclasses"] = replace(
+    _SOURCES["cifar100"],
+    summary="cifar100.npz by its 20 superclasses, whose sub-classes a partition can heed; from a folder",
+    class_names=tuple(_SUPERCLASS_NAMES.split()),
+    superclasses_of="cifar100",
+)
 
 
 def list_datasets() -> list[tuple[str, str]]:
@@ -112,6 +137,12 @@ def source_of(name: str) -> Source:
     if name not in _SOURCES:
         raise unknown("data set", name, _SOURCES)
     return _SOURCES[name]
+
+
+def file_of(name: str) -> str:
+    """Return the name of the file that a data set is read from."""
+    source = _SOURCES.get(name)
+    return f"{(source and source.superclasses_of) or name}.npz"
 
 
 def load_dataset(name: str, root: Path | str | None = None, classes: Sequence[int] | None = None) -> DataSet:
@@ -151,23 +182,25 @@ def _whole(name: str, root: Path | str | None) -> RawDataSet:
     if not folder:
         raise InputError(
             f"data set {name!r} is read from a folder, and none was given: "
-            f"set data.root or the environment variable {ROOT_VARIABLE} to the folder with {name}.npz"
+            f"set data.root or the environment variable {ROOT_VARIABLE} to the folder with {file_of(name)}"
         )
-    path = Path(folder).expanduser() / f"{name}.npz"
+    path = Path(folder).expanduser() / file_of(name)
     arrays = _read(path, source)
     _verify(path, arrays)
-    classes = len(source.class_names)
     for part in ("train", "test"):
-        _check_part(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"], source.shape, classes)
+        _check_part(path, part, source.labels(part), arrays, source.shape, len(source.class_names))
+    if source.superclasses_of:
+        _check_part(path, "train", "y_train", arrays, source.shape, len(_SOURCES[source.superclasses_of].class_names))
     return RawDataSet(
         name=name,
         x_train=arrays["x_train"],
-        y_train=arrays["y_train"].astype(np.int64),
+        y_train=arrays[source.labels("train")].astype(np.int64),
         x_test=arrays["x_test"],
-        y_test=arrays["y_test"].astype(np.int64),
+        y_test=arrays[source.labels("test")].astype(np.int64),
         class_names=source.class_names,
         mean=source.mean,
         std=source.std,
+        subclasses=arrays["y_train"].astype(np.int64) if source.superclasses_of else None,
     )
 
 
@@ -190,11 +223,11 @@ def _digits(source: Source) -> RawDataSet:
 
 
 def _read(path: Path, source: Source) -> dict[str, Stored]:
-    """Return the four arrays of the file, its images decoded; their contents are not checked yet."""
+    """Return the arrays of the file, its images decoded; their contents are not checked yet."""
     if not path.is_file():
         raise InputError(
             f"{path} does not exist: get the data from {source.origin} and save it there with "
-            f"numpy.savez_compressed as uint8 arrays x_train, y_train, x_test, y_test, "
+            f"numpy.savez_compressed as uint8 arrays x_train, y_train, x_test, y_test, {_more_labels(source)}"
             f"images (N, {', '.join(map(str, source.shape))}); "
             f"or give another folder with data.root or {ROOT_VARIABLE}"
         )
@@ -205,16 +238,16 @@ def _read(path: Path, source: Source) -> dict[str, Stored]:
         arrays: dict[str, Stored] = {}
         with opened as stored:
             for part in ("train", "test"):
-                x, y = f"x_{part}", f"y_{part}"
+                x, labels = f"x_{part}", list(dict.fromkeys([f"y_{part}", source.labels(part)]))
                 strips = x not in stored and len(source.shape) == 3 and f"{x}_webp" in stored
-                needed = [y, f"{x}_webp", f"{x}_webp_bytes"] if strips else [y, x]
-                missing = [key for key in needed if key not in stored]
+                pixels = [f"{x}_webp", f"{x}_webp_bytes"] if strips else [x]
+                missing = [key for key in (*labels, *pixels) if key not in stored]
                 if missing:
                     raise InputError(
                         f"{path} has no array {' and no '.join(missing)} (it has: {', '.join(stored.files)})"
                     )
-                arrays[y] = stored[y]
-                images = [stored[key] for key in needed[1:]]
+                arrays |= {key: stored[key] for key in labels}
+                images = [stored[key] for key in pixels]
                 arrays[x] = _from_webp(images[0], images[1], source.shape) if strips else images[0]
         return arrays
     except _BROKEN as error:
@@ -271,13 +304,20 @@ def _verify(path: Path, arrays: dict[str, Stored]) -> None:
             )
 
 
-def _check_part(path: Path, part: str, x: Stored, y: Stored, shape: tuple[int, ...], classes: int) -> None:
+def _more_labels(source: Source) -> str:
+    return f"{source.labels('train')}, {source.labels('test')}, " if source.superclasses_of else ""
+
+
+def _check_part(
+    path: Path, part: str, labels: str, arrays: dict[str, Stored], shape: tuple[int, ...], classes: int
+) -> None:
+    x, y = arrays[f"x_{part}"], arrays[labels]
     form = f"(N, {', '.join(map(str, shape))})"
     if x.dtype != np.uint8 or x.shape[1:] != shape:
         raise InputError(f"{path}: x_{part} must be uint8 {form}, it is {x.dtype} {x.shape}")
     if y.dtype.kind not in "iu" or y.ndim != 1:
-        raise InputError(f"{path}: y_{part} must be uint8 (N,), it is {y.dtype} {y.shape}")
+        raise InputError(f"{path}: {labels} must be uint8 (N,), it is {y.dtype} {y.shape}")
     if len(x) != len(y) or len(x) == 0:
-        raise InputError(f"{path}: x_{part} has {len(x)} images and y_{part} has {len(y)} labels")
+        raise InputError(f"{path}: x_{part} has {len(x)} images and {labels} has {len(y)} labels")
     if y.min() < 0 or y.max() >= classes:
-        raise InputError(f"{path}: y_{part} must be within 0 to {classes - 1}, it has {y.min()} to {y.max()}")
+        raise InputError(f"{path}: {labels} must be within 0 to {classes - 1}, it has {y.min()} to {y.max()}")

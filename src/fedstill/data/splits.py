@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedstill.data.dataset import RawDataSet, Samples
+from fedstill.data.dataset import IntArray, RawDataSet, Samples
+from fedstill.data.fingerprint import Fingerprints, fingerprint
 from fedstill.errors import InputError
 from fedstill.rng import numpy_stream
 
@@ -23,11 +24,17 @@ class Splits:
         Labelled samples that only the server has, cut from the training part.
     test : Samples
         What the models are judged by.
+    fingerprints : mapping
+        ``train``, ``validation``, ``test`` -> digest of that part.
+    subclasses : int64 array, (N,), or None
+        The training samples' labels finer than their classes, where the source has them.
     """
 
     train: Samples
     server_validation: Samples
     test: Samples
+    fingerprints: Fingerprints = field(default_factory=dict)
+    subclasses: IntArray | None = None
 
 
 def split(
@@ -79,13 +86,24 @@ def split(
 
     train_pool = numpy_stream(seed, "split", "train").permutation(train_pool)
     test_pool = numpy_stream(seed, "split", "test").permutation(test_pool)
-    test = raw.train if raw.held_out else raw.test
     # Sorted into the order of the file, so that a whole part is the published one, as a replay needs.
+    train, validation = np.sort(train_pool[:train_count]), np.sort(train_pool[left:])
+    test = np.sort(test_pool[:test_count])
     return Splits(
-        train=raw.train(np.sort(train_pool[:train_count])),
-        server_validation=raw.train(np.sort(train_pool[left:])),
-        test=test(np.sort(test_pool[:test_count])),
+        train=raw.train(train),
+        server_validation=raw.train(validation),
+        test=raw.train(test) if raw.held_out else raw.test(test),
+        fingerprints=_fingerprints(raw, train, validation, test),
+        subclasses=None if raw.subclasses is None else raw.subclasses[train],
     )
+
+
+def _fingerprints(raw: RawDataSet, train: IntArray, validation: IntArray, test: IntArray) -> Fingerprints:
+    """Return the digest of every part that has samples, by their positions."""
+    of_train, constants = (raw.x_train, raw.y_train), (raw.scale, *raw.mean, *raw.std)
+    of_test = of_train if raw.held_out else (raw.x_test, raw.y_test)
+    parts = {"train": (*of_train, train), "validation": (*of_train, validation), "test": (*of_test, test)}
+    return {name: fingerprint(x, y, rows, constants) for name, (x, y, rows) in parts.items() if len(rows)}
 
 
 def _count(key: str, asked: int | None, available: int, there_are: str) -> int:

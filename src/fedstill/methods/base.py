@@ -89,12 +89,16 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a client's round gives: its upload, its state for the next round, its steps and their mean loss."""
+    """What a client's round gives: its upload, its state for the next round, its steps and their mean loss.
+
+    ``notes`` are lines for the run's log.
+    """
 
     payload: Payload
     state: State
     steps: int
     loss: float
+    notes: tuple[str, ...] = ()
 
 
 class LocalObjective:

@@ -49,7 +49,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedstill.adam import Adam
 from fedstill.data.augment import list_augmentations
@@ -61,11 +61,8 @@ from fedstill.distill.inputs import (
     Draws,
     GeneratedInputs,
     Inputs,
-    NoiseInputs,
     RealInputs,
     StreamDraws,
-    initial_generator,
-    kept_generator,
 )
 from fedstill.distill.labels import LabelSampling, draw_labels
 from fedstill.distill.loop import Distillation, DistillationSettings, Log, learning, module_state
@@ -73,6 +70,13 @@ from fedstill.distill.teachers import SomeTeachers, Teachers, teacher_accuracies
 from fedstill.errors import InputError
 from fedstill.evaluation import evaluate
 from fedstill.methods.base import ClientWeights, FederationInfo, Refined, RoundContext
+from fedstill.methods.refining import (
+    Distilled,
+    check_generator,
+    generator_of_round,
+    inputs_without_generator,
+    refine_modules,
+)
 from fedstill.models.stateless import Stateless
 from fedstill.names import unknown
 from fedstill.settings import ModedSettings
@@ -318,7 +322,7 @@ def generator_phase(
 
 @dataclass(frozen=True)
 class FedDF:
-    """The refinement.
+    """The refinement; usable in a federation and on any list of trained models.
 
     Parameters
     ----------
@@ -371,7 +375,7 @@ class FedDF:
         if self.augment not in known:
             raise unknown("augmentation (feddf.augment)", self.augment, known)
         if self.settings.inputs == "generator":
-            initial_generator(0, 1, 1, info.num_classes, info.input_shape, torch.device("cpu"))
+            check_generator(info)
 
     def refine(
         self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RoundContext
@@ -415,6 +419,70 @@ class FedDF:
         weights = phase.run()
         return Refined(weights, kept, {**phase.metrics(), **made, **dropped})
 
+    def distil(
+        self,
+        student: nn.Module,
+        teachers: Sequence[nn.Module],
+        class_counts: Tensor | Sequence[Sequence[int]],
+        input_shape: Sequence[int],
+        *,
+        unlabelled: Tensor | None = None,
+        validation: tuple[Tensor, Tensor] | None = None,
+        state: State | None = None,
+        round: int = 0,
+    ) -> Distilled:
+        """Refine ``student`` in place from any trained models, outside any federation.
+
+        Parameters
+        ----------
+        student : nn.Module
+            The model to improve, for example the teachers' average.
+        teachers : sequence of nn.Module
+            Trained models, of any architectures that take ``input_shape`` and give the same number of logits.
+            They are put into eval mode and their parameters no longer require gradients.
+        class_counts : Tensor or nested sequence
+            n_k^y, (teachers, classes): how many samples of each class each teacher has learnt from. Only how many
+            classes there are matters, unless ``client_weights = "samples"`` or a generator draws labels from them.
+        input_shape : sequence of int
+            (channels, height, width).
+        unlabelled : Tensor, optional
+            Samples (N, channels, height, width), normalised as the teachers' own; needed with, and only with,
+            ``inputs = "unlabelled"``, the default.
+        validation : tuple of Tensor, optional
+            Samples like these and their labels (n,), to find the best student and to drop teachers; needed unless
+            ``patience = 0`` and ``drop_below = 0``.
+        state : dict, optional
+            What the call before returned, to keep a generator.
+        round : int
+            Chooses the random streams, so that several calls differ.
+
+        Returns
+        -------
+        student, state, metrics
+
+        Raises
+        ------
+        InputError
+            For counts, samples or models that do not go together; the student is as it was.
+        """
+        if self.needs_public != (unlabelled is not None):
+            ask = "needs samples, unlabelled=x" if self.needs_public else "takes no samples; leave unlabelled out"
+            raise InputError(f"feddf.inputs = {self.settings.inputs!r} {ask}")
+        if self.needs_validation and validation is None:
+            raise InputError("feddf needs validation=(x, y), or feddf.patience = 0 and feddf.drop_below = 0")
+        return refine_modules(
+            self,
+            self.seed,
+            student,
+            teachers,
+            class_counts,
+            input_shape,
+            state=state,
+            round=round,
+            unlabelled=unlabelled,
+            validation=validation,
+        )
+
     def _good(self, teachers: Teachers, context: RoundContext) -> Sequence[int]:
         """Return the places of the teachers that are not dropped."""
         if self.needs_validation and context.validation is None:
@@ -429,13 +497,9 @@ class FedDF:
         return [place for place, accuracy in enumerate(found) if accuracy >= least]
 
     def _inputs(self, context: RoundContext, dtype: torch.dtype) -> Inputs:
-        stream = context.stream("feddf-inputs")
-        if self.settings.inputs == "noise":
-            return NoiseInputs(context.info.input_shape, stream, dtype)
-        if self.settings.inputs == "real":
-            if context.real is None:
-                raise InputError("feddf.inputs = 'real' is an oracle for simulation: no server has the clients' data")
-            return RealInputs(context.real, stream)
+        stream, kind = context.stream("feddf-inputs"), self.settings.inputs
+        if kind == "noise" or kind == "real":
+            return inputs_without_generator(self.name, kind, stream, context, dtype)
         if context.public is None:
             raise InputError("feddf.inputs = 'unlabelled' needs a public set: name it with public.name")
         samples = RealInputs(context.public, stream)
@@ -453,11 +517,8 @@ class FedDF:
         dtype: torch.dtype,
     ) -> tuple[Inputs, Draws, State, dict[str, float]]:
         """Run the generator phase; return its samples, the student's draws, what is kept and what was measured."""
-        keys, info = self.settings, context.info
-        fresh = initial_generator(
-            self.seed, keys.noise_dim, keys.generator_width, info.num_classes, info.input_shape, context.device
-        )
-        generator = kept_generator(fresh, state, dtype)
+        keys = self.settings
+        generator = generator_of_round(self.seed, keys.noise_dim, keys.generator_width, state, context, dtype)
         labels, noise = context.stream("feddf-labels"), context.stream("feddf-noise")
 
         def draws(steps: int) -> StreamDraws:

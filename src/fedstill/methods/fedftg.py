@@ -51,24 +51,22 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fedstill.distill.inputs import (
-    AnyGenerator,
-    Inputs,
-    NoiseInputs,
-    RealInputs,
-    StreamDraws,
-    initial_generator,
-    kept_generator,
-)
+from fedstill.distill.inputs import AnyGenerator, Inputs, StreamDraws
 from fedstill.distill.labels import draw_labels
 from fedstill.distill.loop import Distillation, DistillationSettings, generated, module_state
-from fedstill.distill.teachers import ModuleTeachers, StackedTeachers, Teachers
+from fedstill.distill.teachers import StackedTeachers, Teachers
 from fedstill.errors import InputError
 from fedstill.methods.base import FederationInfo, Refined, RoundContext
-from fedstill.models.anatomy import batch_norms, check_width, split_state
-from fedstill.models.randomness import layers_draw_from
+from fedstill.methods.refining import (
+    Distilled,
+    check_generator,
+    generator_of_round,
+    inputs_without_generator,
+    refine_modules,
+)
+from fedstill.models.anatomy import batch_norms
 from fedstill.models.stateless import Stateless
-from fedstill.rng import seed_of, torch_stream
+from fedstill.rng import seed_of
 from fedstill.weights import State, Tensors, Weights
 
 MODES: dict[str, dict[str, object]] = {
@@ -173,7 +171,7 @@ class FedFTG:
         if keys.level == "feature":
             Head.check(model, info)
         elif keys.inputs == "generator":
-            initial_generator(0, 1, 1, info.num_classes, info.input_shape, torch.device("cpu"))
+            check_generator(info)
 
     def refine(
         self, model: Stateless, student: Weights, teachers: Teachers, state: State, context: RoundContext
@@ -211,32 +209,26 @@ class FedFTG:
     ) -> Refined:
         keys = self.settings
         dtype = next(iter(student.params.values())).dtype
-        generator = self._generator(state, context, dtype) if keys.inputs == "generator" else None
+        generator: AnyGenerator | None = None
+        inputs: Inputs
+        if keys.inputs == "generator":
+            generator = self._generator(state, context, dtype)
+            inputs = generated(generator, keys)
+        else:
+            stream = context.stream("distillation-inputs")
+            inputs = inputs_without_generator(self.name, keys.inputs, stream, context, dtype)
         labels = draw_labels(
             keys.labels, teachers.counts, keys.iterations, keys.batch_size, context.stream("distillation-labels")
         )
         draws = StreamDraws(labels, context.stream("distillation-noise"), keys.noise_dim, dtype)
-        inputs = generated(generator, keys) if generator is not None else self._other_inputs(context, dtype)
         run = Distillation(keys, model, student, teachers, inputs, draws, generator, context.lr_factor)
         weights = run.run()
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())
 
     def _generator(self, state: State, context: RoundContext, dtype: torch.dtype) -> AnyGenerator:
-        info = context.info
         keys = self.settings
-        made = initial_generator(
-            self.seed, keys.noise_dim, keys.generator_width, info.num_classes, info.input_shape, context.device
-        )
-        return kept_generator(made, state, dtype)
-
-    def _other_inputs(self, context: RoundContext, dtype: torch.dtype) -> Inputs:
-        stream = context.stream("distillation-inputs")
-        if self.settings.inputs == "noise":
-            return NoiseInputs(context.info.input_shape, stream, dtype)
-        if context.real is None:
-            raise InputError("fedftg.inputs = 'real' is an oracle for simulation: no server has the clients' data")
-        return RealInputs(context.real, stream)
+        return generator_of_round(self.seed, keys.noise_dim, keys.generator_width, state, context, dtype)
 
     def distil(
         self,
@@ -247,7 +239,7 @@ class FedFTG:
         *,
         state: State | None = None,
         round: int = 0,
-    ) -> tuple[nn.Module, State, dict[str, float]]:
+    ) -> Distilled:
         """Refine ``student`` in place from any trained models, outside any federation.
 
         Parameters
@@ -270,31 +262,7 @@ class FedFTG:
         -------
         student, state, metrics
         """
-        counts = torch.as_tensor(class_counts, dtype=torch.int64, device="cpu")
-        if counts.dim() != 2 or len(counts) != len(teachers):
-            raise InputError(
-                f"class_counts is {tuple(counts.shape)}, expected one row of class counts for each of "
-                f"{len(teachers)} teachers"
-            )
-        if int(counts.min()) < 0:
-            raise InputError("class_counts holds a negative number")
-        if int(counts.sum()) == 0:
-            raise InputError("class_counts is zero everywhere: no label can be drawn from it")
-        for module in (student, *teachers):
-            check_width(module, tuple(input_shape), counts.shape[1])
-        params, buffers = split_state(student)
-        device = next(iter(params.values())).device
-        info = FederationInfo(tuple(counts.sum(1).tolist()), counts.shape[1], tuple(input_shape))
-        context = RoundContext(
-            round, info, 1.0, lambda purpose: torch_stream(self.seed, purpose, round, device=device), device
-        )
-        self.check(Stateless(student), info)
-        model = Stateless(student).clone()  # the student may itself be one of the teachers
-        ensemble = ModuleTeachers(teachers, counts)
-        with layers_draw_from(model.module, device, seed_of(self.seed, "layers", round)):
-            refined = self.refine(model, Weights(params, buffers), ensemble, state or {}, context)
-        student.load_state_dict({**refined.weights.params, **refined.weights.buffers}, strict=False)
-        return student, refined.state, refined.metrics
+        return refine_modules(self, self.seed, student, teachers, class_counts, input_shape, state=state, round=round)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -64,6 +65,7 @@ from fedstill.methods.base import (
     Turn,
     Upload,
 )
+from fedstill.models.randomness import own_stream
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
 from fedstill.rng import torch_stream
@@ -73,6 +75,7 @@ from fedstill.weights import State, Tensors, Weights, weighted_sum
 
 if TYPE_CHECKING:
     from fedstill.client import Site
+    from fedstill.methods.pretraining import Pretrained
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -127,6 +130,9 @@ class FedMDSettings(ModedSettings):
     """Epsilon of Adam: 1e-8 added to the corrected root, or 1e-7 added to the root before the correction."""
     head_decay: float = Field(1e-3, ge=0)
     """Weight of sum W^2 of the last layer, in the loss of every phase."""
+    pretraining_cache: str | None = None
+    """Folder in which models are kept that have learnt the public set, for all runs in which that phase is the same
+    (same public samples, initial weights, keys, program and machine). Does not change results."""
 
     def optimiser(self) -> Adam:
         """Return Adam as the keys have it."""
@@ -198,6 +204,13 @@ class Learner:
         moments = {f"{name}-{group}": own for name, adam in adams.items() for group, own in adam.items()}
         return {"params": self.weights.params, "buffers": self.weights.buffers, **moments}
 
+    def take(self, found: Pretrained) -> None:
+        """Go on from a stored model as if it had just been learnt."""
+        device = next(iter(self.weights.params.values())).device
+        self.weights = found.weights.to(device)
+        if (stream := own_stream(self.model.module)) is not None and found.layers is not None:
+            stream.set_state(found.layers)
+
     def study(self, site: Site, lesson: Lesson, moments: State) -> list[Tensor]:
         """Go through a lesson in shuffled mini-batches and return the loss of each step."""
         order, samples = site.stream(f"fedmd-{lesson.name}"), len(lesson.x)
@@ -258,16 +271,58 @@ class FedMDObjective(LocalObjective):
         """Learn, and upload the logits on this round's public samples."""
         assert site.public is not None
         learner, losses = Learner.of(site, self.settings), list[Tensor]()
-        steps = 0
+        steps, notes = 0, list[str]()
         if not site.state:
-            steps += len(learner.study(site, self.public_set(site), Adam.start(learner.weights.params)))
+            steps += self.learn_public_set(site, learner, notes)
             losses += learner.study(site, self.own_data(site, first=True), learner.private)
         if Kind.LOGITS in site.received:
             steps += len(learner.study(site, self.consensus(site), learner.digest))
             losses += learner.study(site, self.own_data(site), learner.private)
         own = learner.logits(site.public.x[self.subset(site, site.task.round)])
         loss = float(torch.stack(losses).mean()) if losses else 0.0
-        return Turn(Payload({Kind.LOGITS: {"logits": own}}), learner.state(), steps + len(losses), loss)
+        return Turn(Payload({Kind.LOGITS: {"logits": own}}), learner.state(), steps + len(losses), loss, tuple(notes))
+
+    def learn_public_set(self, site: Site, learner: Learner, notes: list[str]) -> int:
+        """Do the transfer learning's first phase, or take what the cache has of it, and return its steps."""
+        lesson = self.public_set(site)
+
+        def learn() -> int:
+            return len(learner.study(site, lesson, Adam.start(learner.weights.params)))
+
+        if (folder := self.settings.pretraining_cache) is None:
+            return learn()
+        # Here, since what writes files needs the configuration, of which this module's settings are a part.
+        from fedstill.methods.pretraining import Pretrained, PretrainingCache, key_of, why_not
+
+        if problem := why_not(site.model.module):
+            notes.append(f"its phase on the public set is not cached: {problem}")
+            return learn()
+        cache = PretrainingCache(Path(folder).expanduser())
+        cache.make_folder()
+        key = key_of(site.model, learner.weights, lesson.x, lesson.target, self.told_by(site, lesson))
+        try:
+            if (found := cache.load(key)) is not None:
+                learner.take(found)
+                notes.append(f"its phase on the public set is from {cache.path(key)}")
+                return found.steps
+        except ValueError as error:
+            notes.append(f"{error}; its phase on the public set is done again")
+        steps, stream = learn(), own_stream(site.model.module)
+        cache.store(key, Pretrained(learner.weights, steps, stream.get_state() if stream else None))
+        return steps
+
+    def told_by(self, site: Site, lesson: Lesson) -> dict[str, object]:
+        """Return what the first phase depends on beside model and samples: keys, and the seed of the order."""
+        keys = self.settings
+        return {
+            "epochs": lesson.epochs,
+            "batch_size": lesson.batch_size,
+            "patience": lesson.patience and (lesson.patience, keys.min_delta),
+            "adam": keys.optimiser(),
+            "head_decay": keys.head_decay,
+            "order": site.stream(f"fedmd-{lesson.name}").initial_seed(),
+            "channels_last": site.channels_last,
+        }
 
     def public_set(self, site: Site) -> Lesson:
         """Return the transfer learning's first phase."""

@@ -26,6 +26,11 @@ def random_layers(module: nn.Module) -> list[str]:
     return sorted(found)
 
 
+def own_stream(module: nn.Module) -> torch.Generator | None:
+    """Return the generator that a model's Dropout layers share within :func:`layers_draw_from`; None without any."""
+    return next((part.generator for part in module.modules() if isinstance(part, Dropout)), None)
+
+
 @contextmanager
 def layers_draw_from(module: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Give the random layers of a model, where it has any, a stream of their own within the block.

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from fedstill.config import Config, SeedSettings
 from fedstill.data import list_datasets
-from fedstill.data.sources import ROOT_VARIABLE
+from fedstill.data.sources import ROOT_VARIABLE, file_of
 from fedstill.errors import InputError
 from fedstill.models import list_models
 from fedstill.reproduce.metrics import Scale
@@ -92,7 +92,7 @@ def missing_file(name: str) -> str | None:
     if name == EMBEDDED:
         return None
     root = os.environ.get(ROOT_VARIABLE)
-    file = Path(root or f"${ROOT_VARIABLE}").expanduser() / f"{name}.npz"
+    file = Path(root or f"${ROOT_VARIABLE}").expanduser() / file_of(name)
     return None if root and file.is_file() else str(file)
 
 

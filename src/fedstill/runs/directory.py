@@ -3,7 +3,7 @@
 ======================== ==========================================================
 ``config.toml``          the resolved configuration, with its schema version
 ``environment.json``     versions, commit, device
-``partition.json``       protocol, fingerprint, class counts by client
+``partition.json``       protocol, class counts by client, fingerprints of the shares and of the data
 ``metrics.jsonl``        one line per round
 ``tensorboard/``         the same as TensorBoard events
 ``tracking/``            which MLflow and W&B runs are told of it (:mod:`fedstill.trackers`)
@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from fedstill.config import Config, EvalSettings, config_from, to_toml
+from fedstill.data.fingerprint import Fingerprints, differing
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.federation import Federation
@@ -78,6 +79,7 @@ class RunDirectory:
             {
                 "protocol": federation.partition.protocol,
                 "fingerprint": federation.partition.fingerprint,
+                "data_fingerprint": dict(federation.data_fingerprints),
                 "class_counts": counts,
             },
         )
@@ -112,13 +114,15 @@ class RunDirectory:
         Raises
         ------
         InputError
-            If the data give another partition now than when the run began.
+            If the data, or the partition that they give, are others now than when the run began.
         """
-        try:
-            stored = json.loads((path / "partition.json").read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path / 'partition.json'}: missing or damaged") from error
-        if stored != federation.partition.fingerprint:
+        stored = read_fingerprints(path)
+        if stored.data is not None and (others := differing(stored.data, federation.data_fingerprints)):
+            raise InputError(
+                f"{path}: the {others} are not those that this run began with; put the data back as they were "
+                f"({_places(federation.config)}), or begin a new run"
+            )
+        if stored.partition != federation.partition.fingerprint:
             raise InputError(f"{path}: the data give another partition than when this run began")
         return RunDirectory(path, federation.config, _store(path, federation.config, federation), _lock=lock(path))
 
@@ -157,6 +161,41 @@ class RunDirectory:
             lines.write(f"{stamp} {line}\n")
 
 
+@dataclass(frozen=True)
+class RunFingerprints:
+    """What a run wrote of its data: the digest of who holds what, and those of the samples; None in older runs."""
+
+    partition: str
+    data: Fingerprints | None
+
+
+def read_fingerprints(path: Path) -> RunFingerprints:
+    """Return the fingerprints of a run.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or damaged.
+    """
+    file = path / "partition.json"
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: missing or damaged") from error
+    partition, data = map(stored.get, ("fingerprint", "data_fingerprint")) if isinstance(stored, dict) else (None, None)
+    if not isinstance(partition, str):
+        raise InputError(f"{file}: damaged, it has no fingerprint")
+    if not isinstance(data, dict | None):
+        raise InputError(f"{file}: damaged, its data_fingerprint is no table")
+    return RunFingerprints(partition, data)
+
+
+def _places(config: Config) -> str:
+    """Return the keys that say where a run's data are."""
+    keys = {"data.name": config.data.name, "data.root": config.data.root, "public.name": config.public.name}
+    return ", ".join(f"{key} = {value!r}" for key, value in keys.items() if value is not None)
+
+
 def lock(path: Path) -> IO[str]:
     """Keep other processes from running in a directory until the file returned is closed, or this process ends.
 
@@ -182,8 +221,11 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
     only_measured = set(EvalSettings.model_fields) - {"models"}  # "all" needs what clients have kept from the start
     computed = config.model_dump(
         mode="json",
-        exclude={"eval": only_measured, "execution": free, "checkpoint": True, "tracking": True, "data": {"root"}},
-    )
+        exclude={
+            "eval": only_measured, "execution": free, "checkpoint": True, "tracking": True,
+            "data": {"root"}, "fedmd": {"pretraining_cache"},
+        },
+    )  # fmt: skip
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     states: Literal["memory", "disk"] = "disk" if config.execution.client_states == "disk" else "memory"
     return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device, states)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedstill.build import clients_by_model
+from fedstill.config import flat
+from fedstill.data.fingerprint import differing
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
 from fedstill.names import unknown
 from fedstill.progress import megabytes
-from fedstill.studies.results import Group, Results, RunData, flat, in_words, read, seconds
+from fedstill.studies.results import Group, Results, RunData, in_words, read, seconds
 from fedstill.studies.statistics import Difference, Spread, paired_difference, spread, worst_decile
 
 On = Literal["test", "validation"]
@@ -301,13 +303,14 @@ def problem(groups: Sequence[Group], on: On) -> str | None:
         if differs := _differing(runs[0], run, samples):
             return f"{runs[0].path} and {run.path} cannot be compared: {differs}"
         same = by_seed.setdefault(run.config.seed.data, run)
-        if same.data and run.data and same.data != run.data:
-            return f"{same.path} and {run.path} cannot be compared: their data sets' fingerprints differ"
-        if same.partition != run.partition:
-            sharing = [key for key in flat(run.config) if key.startswith("data.") and key != "data.root"]
+        others = differing(same.data, run.data, ("train", on)) if same.data and run.data else ""
+        found = [f"their {others} differ"] if others else []
+        found += ["their clients hold different samples"] if same.partition != run.partition else []
+        if found:
+            keys = [key for key in flat(run.config) if key.startswith("data.") and (others or key != "data.root")]
             return (
-                f"{same.path} and {run.path} cannot be compared: with data seed {run.config.seed.data} their clients "
-                f"hold different samples ({_differing(same, run, sharing) or 'the same keys, other fingerprints'})"
+                f"{same.path} and {run.path} cannot be compared: with data seed {run.config.seed.data} "
+                f"{' and '.join(found)} ({_differing(same, run, keys) or 'the same keys, other fingerprints'})"
             )
     return None
 
@@ -409,8 +412,16 @@ def _common_remarks(summaries: Sequence[Summary]) -> Iterator[str]:
         yield "they were not all evaluated in the same rounds"
     if len({str([run.environment.get(key) for key in ("platform", "cores", "device")]) for run in runs}) > 1:
         yield "seconds come from different machines"
+    if any(run.config.fedmd.pretraining_cache for run in runs if run.config.method == "fedmd"):
+        yield "seconds are without the pre-training that a run found in fedmd.pretraining_cache (its log.txt says)"
     if len({str([run.environment.get(key) for key in ("versions", "commit")]) for run in runs}) > 1:
         yield "made by different versions (environment.json of each run)"
+    unknown_data = [run for run in runs if run.data is None]
+    if unknown_data and len(runs) > 1:
+        yield (
+            f"{len(unknown_data)} of {len(runs)} runs have no fingerprint of their samples, so that only the shares "
+            f"were compared ({unknown_data[0].path} is one)"
+        )
 
 
 # One run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -27,8 +28,10 @@ from fedstill.errors import InputError
 from fedstill.methods.registry import compose
 from fedstill.names import unknown
 from fedstill.settings import Settings
-from fedstill.studies.results import in_words
+from fedstill.studies.results import INDEX, in_words
 
+COPY = "study.toml"
+"""The study file's copy in the results folder."""
 LONGEST = 100
 """Characters of a folder's name; of a longer one the rest becomes a digest."""
 
@@ -217,6 +220,8 @@ class Study:
         Dotted key -> value, set in every run after all else.
     cells : tuple of Cell
         Its runs in the order of work, seed by seed; with a search those of its first trial.
+    configs : dict
+        ``config`` as the study names it -> the text of that file.
     """
 
     path: Path
@@ -225,6 +230,7 @@ class Study:
     places: tuple[Place, ...]
     overrides: dict[str, Any]
     cells: tuple[Cell, ...] = ()
+    configs: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def load(path: Path | str, *overrides: str) -> Study:
@@ -252,7 +258,10 @@ class Study:
         given = dict(parse_override(one) for one in overrides)
         for key in given:
             _check_key("", key)
-        study = Study(path, text, table, _places(path, table), given)
+        places = _places(path, table)
+        named = [table.config, *(setting.config for setting in table.setting)]
+        configs = {config: read_toml(_config_file(path, config))[1] for config in named if config is not None}
+        study = Study(path, text, table, places, given, configs=configs)
         trials = list(_samples_of(table.search.space)) if table.search else [{}]
         planned = [study.planned(trial) for trial in trials]
         return replace(study, cells=planned[0])
@@ -340,6 +349,18 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
+def copy_of(config: str) -> str:
+    """Return the name under which a results folder keeps a configuration that its study names."""
+    name = quote(config, safe="")
+    return f"{COPY}.{name if len(name) <= LONGEST else sha256(config.encode()).hexdigest()}"
+
+
+def _config_file(path: Path, config: str) -> Path:
+    """Return where a configuration lies: beside the study, or where that is a results folder's copy, copied too."""
+    copy = path.with_name(copy_of(config))
+    return copy if path.name == COPY and copy.exists() else path.parent / config
+
+
 def _places(path: Path, table: StudyTable) -> tuple[Place, ...]:
     own = _base(path, "the study", table.preset, table.config) or (presets.preset(presets.DEFAULT), True)
     if not table.setting:
@@ -357,9 +378,11 @@ def _base(path: Path, where: str, preset: str | None, config: str | None) -> tup
     try:
         if preset is not None:
             return presets.preset(preset), True
-        return (read_toml(path.parent / config)[0], False) if config is not None else None
+        return (read_toml(_config_file(path, config))[0], False) if config is not None else None
     except InputError as error:
-        raise InputError(f"{path}: {where}: {error}") from error
+        copied = path.name == COPY and path.with_name(INDEX).exists()
+        own = f"; this is a copy: sweep the study's own file, with --out {path.parent}" if copied else ""
+        raise InputError(f"{path}: {where}: {error}{own}") from error
 
 
 def _check_names(path: Path, table: StudyTable) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedstill.config import Config
+from fedstill.config import Config, flat
+from fedstill.data.fingerprint import Fingerprints
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.methods.registry import list_methods
 from fedstill.progress import megabytes
-from fedstill.runs.directory import RunDirectory, read_metrics
+from fedstill.runs.directory import RunDirectory, read_fingerprints, read_metrics
 from fedstill.settings import ModedSettings
 
 INDEX = "study.json"
@@ -42,8 +43,9 @@ class RunData:
         One per whole round, at least one.
     partition : str
         Fingerprint of who holds what.
-    data : str or None
-        Fingerprint of the data set's samples, where the run has one.
+    data : mapping or None
+        Part of the data (``train``, ``validation``, ``test``, ``public``) -> fingerprint of its samples; None for an
+        older run, which has none.
     environment : dict
         Versions, commit, device.
     remarks : tuple of str
@@ -54,7 +56,7 @@ class RunData:
     config: Config
     records: list[Record]
     partition: str
-    data: str | None
+    data: Fingerprints | None
     environment: Keys
     remarks: tuple[str, ...] = ()
 
@@ -225,11 +227,8 @@ def _read(path: Path) -> RunData:
         _check_line(file, number, record)
     remarks = [f"{file}: its last line was cut short and is left out"] if lines > len(records) else []
     environment = _json(path / "environment.json", needed=False)
-    partition = _json(path / "partition.json")
-    if not isinstance(partition.get("fingerprint"), str):
-        raise InputError(f"{path / 'partition.json'}: damaged, it has no fingerprint")
-    data = partition.get("data_fingerprint")
-    return RunData(path, config, records, partition["fingerprint"], data, environment, tuple(remarks))
+    found = read_fingerprints(path)
+    return RunData(path, config, records, found.partition, found.data, environment, tuple(remarks))
 
 
 def _check_line(file: Path, number: int, record: object) -> None:
@@ -350,7 +349,7 @@ def _planned(directory: Path, seed: str) -> SeedRun:
 
 SEEDS, SAME_RESULTS = (
     ("seed.", "schema_version"),
-    ("data.root", "public.root", "checkpoint.", "execution.", "tracking."),
+    ("data.root", "public.root", "checkpoint.", "execution.", "tracking.", "fedmd.pretraining_cache"),
 )
 """Keys by which runs of one group may differ; the second kind, by how the same numbers came about."""
 
@@ -444,22 +443,6 @@ def in_words(name: str, keys: Mapping[str, object]) -> str:
 
 def _word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def flat(config: Config) -> Keys:
-    """Return a configuration by dotted keys; several models count as ``model.0.name``."""
-
-    def entries(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                yield from entries(f"{prefix}.{key}" if prefix else key, part)
-        else:
-            yield prefix, value
-
-    tables = config.model_dump(mode="json")
-    models = tables["model"]
-    tables["model"] = models[0] if len(models) == 1 else {str(place): model for place, model in enumerate(models)}
-    return dict(entries("", tables))
 
 
 def _seed(run: RunData) -> tuple[int, int]:

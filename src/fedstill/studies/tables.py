@@ -26,6 +26,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".txt": "terminal"}
 WIDTH = 120
 LONGEST_BASE = 12  # letters in a heading
+MANY = 4  # more names than this are counted
 MANY_CLASSES = 12
 """With more classes only the worst one is in the tables; all are in the CSV file."""
 
@@ -299,8 +300,19 @@ def _notes(comparison: Comparison, table: ComparisonTable) -> list[str]:
         which = f": {pairs}" if _base(table) == "base" else ""
         notes.append(f"Differences in points on the same seeds, with their 95 % interval{which}.")
     notes += table.remarks
-    notes += [f"{summary.label}: {remark}" for summary in table.summaries for remark in summary.remarks]
+    by_remark: dict[str, list[str]] = {}
+    for summary in table.summaries:
+        for remark in summary.remarks:
+            by_remark.setdefault(remark, []).append(summary.label)
+    notes += [f"{named(labels, len(table.summaries))}: {remark}" for remark, labels in by_remark.items()]
     return [_one_line(note) for note in notes]
+
+
+def named(labels: Sequence[str], total: int) -> str:
+    """Return a few labels in full, and many as their number among all."""
+    if len(labels) <= MANY:
+        return "; ".join(labels)
+    return f"all {total} methods" if len(labels) == total else f"{len(labels)} of {total} methods"
 
 
 def _one_line(text: str) -> str:
