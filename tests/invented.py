@@ -55,7 +55,8 @@ def record(config: Config, round: int, level: float) -> dict[str, Any]:
     line["bytes"] = {"down": {"weights": 1_000_000}, "up": {"weights": 1_000_000}}
     line["seconds"] = {"train": 2.0, "fuse": 0.1, "evaluate": 0.5}
     if config.method == "alone":
-        line["fused"] = {"test": {"accuracy": fused, "loss": 1.0, "per_client": [fused] * CLIENTS}}
+        own = [fused + 0.01 * (client - (CLIENTS - 1) / 2) for client in range(CLIENTS)]
+        line["fused"] = {"test": {"accuracy": fused, "loss": 1.0, "per_client": own}}
     if "+" in config.method:
         refined = fused + 0.1 / round
         losses = {"student_loss": 1 / round, "generator_cls": 0.5 / round, "generator_md": 0.0, "label_accuracy": 0.9}
@@ -74,8 +75,9 @@ def write_run(path: Path, method: str, seed: int, level: float, rounds: int, *ke
     counts = [[(client * 7 + label * 3 + seed) % 11 for label in range(CLASSES)] for client in range(CLIENTS)]
     (path / "config.toml").write_text(to_toml(config))
     (path / "environment.json").write_text(json.dumps(VERSIONS))
-    fingerprint = f"{config.data.beta}, {seed}"
-    (path / "partition.json").write_text(json.dumps({"fingerprint": fingerprint, "class_counts": counts}))
+    samples = {part: f"{part}, {seed}" for part in ("train", "test")}
+    held = {"fingerprint": f"{config.data.beta}, {seed}", "data_fingerprint": samples, "class_counts": counts}
+    (path / "partition.json").write_text(json.dumps(held))
     kept = lines if whole else lines[:-1]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     return path

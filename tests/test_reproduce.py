@@ -21,7 +21,7 @@ from fedstill.reproduce import Plan, Sheet, carry_out, list_tables, load_table
 from fedstill.reproduce.choose import chosen
 from fedstill.reproduce.engine import file_of
 from fedstill.reproduce.metrics import Metric, Scale
-from fedstill.reproduce.runs import configs_of, study_of
+from fedstill.reproduce.runs import configs_of, missing_file, study_of
 from fedstill.reproduce.tables import Cell, Part, Printed, Table, Unit
 from fedstill.runs import read_metrics
 from fedstill.studies.results import RunData, SeedRun
@@ -256,6 +256,23 @@ def test_words_that_choose_nothing_are_refused_with_those_there_are() -> None:
         chosen(table, "beta=0.3,centralised")
     with pytest.raises(InputError, match="is all of nothing"):
         chosen(table, " , ")
+
+
+def test_superclasses_are_in_the_file_of_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSTILL_DATA", str(tmp_path))
+    assert missing_file("cifar100_superclasses") == str(tmp_path / "cifar100.npz")
+    (tmp_path / "cifar100.npz").write_text("")
+    assert missing_file("cifar100_superclasses") is None
+
+
+def test_pooled_participants_hold_what_the_others_of_their_task_hold() -> None:
+    tables = [load_table(id) for id in list_tables(paper="fedmd")]
+    configs = configs_of(study_of(tables[0].paper, tables, "paper", 1))
+    for task in ("CIFAR, iid", "CIFAR, non-iid"):
+        apart, pooled = configs[task, "FedMD"], configs[task, "pooled"]
+        assert pooled.data == apart.data.model_copy(update={"pooled": True})
+        assert pooled.fedmd.public_epochs == apart.fedmd.public_epochs
+    assert configs["CIFAR, non-iid", "FedMD"].data.partition == "per-subclass"
 
 
 # What our side shows

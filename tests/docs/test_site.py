@@ -18,7 +18,7 @@ FETCHED = re.compile(
 
 
 def test_the_site_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="MkDocs is not installed; make setup installs it")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     told = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True

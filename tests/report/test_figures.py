@@ -13,12 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedstill.report.html import bars, style
-from fedstill.report.html.content import brief, gain, gathered, losses, over_base, phases
-from fedstill.report.html.lines import DRAWN, Axis, Line, lines, thinned, wrapped
+from fedstill.report.html.content import brief, client_names, gain, gathered, losses, over_base, own_models, phases
+from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, lines, thinned, wrapped
 from fedstill.report.html.style import SERIES, Palette, drawing, in_style
 from fedstill.studies.compare import Summary, compare
+from fedstill.studies.results import read_run
 from fedstill.studies.statistics import Difference, Spread
-from invented import write_run, write_study
+from invented import CLIENTS, write_run, write_study
 
 ROUNDS, PARTS = Axis("round", whole=True), Axis("accuracy", per_cent=True)
 
@@ -75,6 +76,26 @@ def test_losses_and_seconds(study: Path) -> None:
     assert {name: one.mean for name, one in phases(summary).items()} == pytest.approx(
         {"train": 4.0, "fuse": 0.2, "evaluate": 1.0, "refine": 6.0}
     )
+
+
+def test_own_models_by_client_and_round(tmp_path: Path) -> None:
+    summary = of(write_study(tmp_path / "study", {"alone": ("alone", None)}, seeds=[0, 1], rounds=3), "alone")
+    found = own_models(summary, "test")
+    assert len(found) == CLIENTS
+    for client, points in enumerate(found):
+        for round, one in points.items():
+            seeds = [run.records[round - 1]["fused"]["test"]["per_client"] for run in summary.group.whole.values()]
+            assert one.mean == pytest.approx((seeds[0][client] + seeds[1][client]) / 2)
+            assert one.n == 2
+    assert own_models(summary, "validation") == []
+
+
+def test_a_client_is_named_with_its_model_where_models_differ(tmp_path: Path) -> None:
+    models = 'model=[{name="mlp"},{name="mlp",hidden=[7]},{name="cnn",clients=[4]}]'
+    (one, two) = (write_run(tmp_path / str(at), "alone", 0, 0.5, 1, *keys) for at, keys in enumerate([[], [models]]))
+    names = [client_names(read_run(run), 6) for run in (one, two)]
+    assert names[0] == [f"client {client}" for client in range(6)]
+    assert names[1] == ["0, mlp", "1, mlp", "2, mlp", "3, mlp", "4, cnn", "5, mlp"]
 
 
 def test_losses_of_several_architectures_are_their_mean(tmp_path: Path) -> None:
@@ -173,6 +194,20 @@ def test_up_to_eight_methods_share_a_panel_and_more_have_one_each() -> None:
     assert together.axes[0].get_legend() is None
     visible = [axes for axes in apart.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in visible] == [f"60.0  method {place}" for place in range(9)]
+
+
+def test_each_client_has_a_panel_and_what_was_measured_once_crosses_it() -> None:
+    one, two = some(2)
+    once = Line("pooled", "m1", [1], [Spread(0.9, None, 1)])
+    with in_style():
+        palette = Palette.of([("m0", "m0"), ("m1", "m1")])
+        figure = by_client({"client 0": [one, once], "client 1": [two, once], "client 2": [one]}, palette, PARTS)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["client 0", "client 1", "client 2"]
+    drawn = [[(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in panels]
+    assert drawn == [[([1, 2], [0.5, 0.6]), ([0, 1], [0.9, 0.9])]] * 2 + [[([1, 2], [0.5, 0.6])]]
+    assert panels[0].get_ylim()[1] > 0.9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["method 0", "pooled", "method 1"]
 
 
 def test_a_band_is_one_standard_deviation() -> None:

@@ -16,12 +16,13 @@ from fedstill.errors import InputError
 from fedstill.report.html import write_report
 from fedstill.studies.compare import Comparison, compare
 from fedstill.studies.tables import per_cent, points, sheets
-from invented import METHODS, big_report, write_run, write_study
+from invented import CLIENTS, METHODS, big_report, write_run, write_study
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use", "rect", "image"}
 EVERYTHING = [
     "Result",
     "Learning curves",
+    "Clients' own models",
     "Accuracies and paired differences",
     "Accuracy against costs",
     "What the refinement gave",
@@ -144,6 +145,24 @@ def test_its_numbers_are_those_of_the_comparison(big: tuple[Comparison, Path, Pa
         for one in summary.per_class:
             assert one is not None
             assert f"{100 * one.mean:.0f}" in page.svg_texts
+
+
+def test_every_clients_own_model_has_a_row(big: tuple[Comparison, Path, Page]) -> None:
+    found, _, page = big
+    (own,) = [table for table in page.tables if table[0][0] == "client"]
+    assert own[0] == ["client", "alone, round 1", "alone, round 30"]
+    assert [row[0] for row in own[1:]] == [*(f"client {client}" for client in range(CLIENTS)), "mean"]
+    group = next(one for one in found.tables[0].summaries if one.label == "alone").group
+    last = [run.records[29]["fused"]["test"] for run in group.whole.values()]
+    for client in (0, 5):
+        mean = sum(one["per_client"][client] for one in last) / len(last)
+        assert own[1 + client][2].startswith(f"{100 * mean:.1f}")
+    assert own[-1][2] == f"{100 * sum(one['accuracy'] for one in last) / len(last):.1f}"
+
+
+def test_clients_without_models_of_their_own_have_no_such_part(small: Page) -> None:
+    assert "Clients' own models" not in small.headings
+    assert not [table for table in small.tables if table[0][0] == "client"]
 
 
 def test_what_is_missing_is_said_at_the_top(big: tuple[Comparison, Path, Page]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedstill.build import clients_by_model
 from fedstill.data.dataset import IntArray
 from fedstill.data.sources import source_of
 from fedstill.errors import InputError
@@ -256,6 +257,29 @@ def _measured(refinement: Record) -> dict[tuple[str, str], list[float]]:
                 if isinstance(value, int | float):
                     found.setdefault((name, metric), []).append(value)
     return found
+
+
+def own_models(summary: Summary, on: On) -> list[Points]:
+    """Return by client the accuracy of its own model by round; empty where there are none, or too many for a list."""
+    found: list[dict[int, list[float]]] = []
+    for run in summary.group.whole.values():
+        for record in run.records:
+            values = (record.get("fused") or {}).get(on, {}).get("per_client")
+            for client, value in enumerate(values if isinstance(values, list) else []):
+                found += [{} for _ in range(client + 1 - len(found))]
+                found[client].setdefault(int(record["round"]), []).append(value)
+    return [_over_seeds(rounds) for rounds in found]
+
+
+def client_names(run: RunData, count: int) -> list[str]:
+    """Return a name for each client, with its model where models differ."""
+    models = run.config.model
+    if len(models) == 1:
+        return [f"client {client}" for client in range(count)]
+    members = clients_by_model(run.config, count)
+    return [
+        f"{client}, {model.name}" for client in range(count) for model, own in zip(models, members) if client in own
+    ]
 
 
 def phases(summary: Summary) -> dict[str, Spread]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedstill.report.curves import MARKERS, End, label_ends
@@ -159,6 +160,64 @@ def _panels(shown: Sequence[Line], x: Axis, y: Axis, wide: bool) -> Figure:
     figure.supxlabel(x.label, fontsize=FONT, color=FAINT)
     figure.supylabel(y.label, fontsize=FONT, color=FAINT)
     return figure
+
+
+def by_client(shown: Mapping[str, Sequence[Line]], palette: Palette, y: Axis, *, wide: bool = False) -> Figure:
+    """Draw a panel for each client, with a line for each method; one that was measured once is dashed across it.
+
+    Parameters
+    ----------
+    shown : mapping
+        Title of the panel -> its lines.
+    palette : Palette
+        Which tells the methods apart.
+    y : Axis
+    wide : bool
+        Two columns of a paper wide; else one.
+    """
+    columns = min(len(shown), 5 if wide else 2)
+    rows = -(-len(shown) // columns)
+    known = {line.label: line for own in shown.values() for line in own}
+    markers = {name: MARKERS[place % len(MARKERS)] for place, name in enumerate(known)}
+    titles, names = [wrapped(title, 22) for title in shown], [wrapped(name, 50) for name in known]
+    legend = sum(name.count("\n") + 1 for name in names) * FONT * 1.25 / POINTS
+    height = 0.45 + legend + (0.95 + _title_height(titles)) * rows
+    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    _ranges(grid[0, 0], [line for own in shown.values() for line in own], Axis("", whole=True), y)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(shown):
+            axes.set_visible(False)
+            continue
+        _grid(axes)
+        for line in list(shown.values())[place]:
+            _draw_or_dash(axes, line.thinned(SMALL), palette[line.key], markers[line.label])
+        axes.set_title(titles[place], fontsize=FONT - 1)
+        axes.set_ylabel("")
+        axes.label_outer()
+        if place + columns >= len(shown):
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel("round", fontsize=FONT, color=FAINT)
+    figure.supylabel(y.label, fontsize=FONT, color=FAINT)
+    handles = [Line2D([], [], color=palette[line.key], **_style(line, markers[name])) for name, line in known.items()]
+    figure.legend(handles, names, loc="outside upper left", frameon=False, fontsize=FONT - 0.5, labelcolor=INK)
+    return figure
+
+
+def _draw_or_dash(axes: Axes, line: Line, colour: str, marker: str) -> None:
+    if len(line.x) > 1:
+        _draw(axes, line, colour, marker)
+        return
+    if line.low < line.high:
+        axes.axhspan(line.low[0], line.high[0], color=colour, alpha=0.16, linewidth=0, zorder=1)
+    axes.axhline(line.means[0], color=colour, **_style(line, marker), zorder=2)
+
+
+def _style(line: Line, marker: str) -> dict[str, Any]:
+    if len(line.x) > 1:
+        return {"linewidth": 1.3, "marker": marker, "markersize": 2.6}
+    return {"linewidth": 1.1, "linestyle": (0, (4, 2))}
 
 
 def _envelope(shown: Sequence[Line]) -> tuple[Numbers, Numbers, Numbers]:

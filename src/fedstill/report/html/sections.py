@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,8 +13,8 @@ from fedstill.data.picture import partition_figure
 from fedstill.data.sources import source_of
 from fedstill.report.html import bars, grids, words
 from fedstill.report.html import content as found_in
-from fedstill.report.html.content import Block, Content, Gain
-from fedstill.report.html.lines import DRAWN, Axis, Line, gains, lines
+from fedstill.report.html.content import Block, Content, Gain, Points
+from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, gains, lines
 from fedstill.report.html.page import Figures, Section, facts, table
 from fedstill.report.html.style import COLUMN, Palette
 from fedstill.report.samples import ClassSamples, class_samples, has_generator
@@ -25,6 +25,8 @@ from fedstill.studies.tables import LONGEST_BASE, per_cent
 SAMPLE_CLASSES = 10
 SAMPLE_VALUES = 500_000
 """Pixels times channels of all generators' samples together: what the page has room for."""
+OWN_MODELS = 20
+"""Clients whose own models are shown one by one."""
 MADE = (8, 5, 3)
 """The generator's images of a class: as many as there is room for."""
 METRICS = {
@@ -107,6 +109,7 @@ def sections(content: Content, figures: Figures) -> list[Section]:
     """Return the parts that apply; their figures are added to ``figures``."""
     parts: list[tuple[str, str, Part]] = [
         ("curves", "Learning curves", _curves),
+        ("own-models", "Clients' own models", _own_models),
         ("final", "Accuracies and paired differences", _final),
         ("costs", "Accuracy against costs", _costs),
         ("refinement", "What the refinement gave", _refinement),
@@ -161,7 +164,7 @@ def _result(content: Content) -> str:
         said = words.verdict(block)
         found += [_heading(block), _list(said) if said else ""]
         results = table([escape(name) for name in sheet.header], rows, stressed=sheet.best)
-        found += [f'<div class="results">{results}</div>', _notes(words.notes(block))]
+        found += [f'<div class="results">{results}</div>', _notes(block.sheet.notes)]
     return "".join(found)
 
 
@@ -203,6 +206,44 @@ def _curves(place: Place) -> Iterator[str]:
         caption = place.spread("Line: mean of the differences on the same seeds; band: one standard deviation.")
         title = "Difference from the base by round"
         yield _panels(place, "over-base", over, f"points above {base}", title, caption)
+
+
+def _own_models(place: Place) -> Iterator[str]:
+    every = [(one, points) for one in place.shown if (points := found_in.own_models(one, place.on))]
+    count = max((len(points) for _, points in every), default=0)
+    found = [(one, points) for one, points in every if len(points) == count]
+    if not 2 <= count <= OWN_MODELS:
+        return
+    names = found_in.client_names(place.block.runs[0], count)
+    if place.palette.tells and max(len(own) for _, points in found for own in points) > 1:
+        shown = {
+            name: [
+                Line.of(one.label, place.key(one), list(points[client]), list(points[client].values()))
+                for one, points in found
+            ]
+            for client, name in enumerate(names)
+        }
+        y = Axis(f"accuracy on {place.on} samples in %", per_cent=True)
+        caption = place.spread("Line: mean over seeds; band: one standard deviation.")
+        if any(len(own) == 1 for _, points in found for own in points):
+            caption += " Dashed: measured once."
+        wide, narrow = (by_client(shown, place.palette, y, wide=wide) for wide in (True, False))
+        yield place.add("own-models", wide, "Each client's own model over the rounds", caption, narrow)
+    yield _first_and_last(found, names)
+
+
+def _first_and_last(found: Sequence[tuple[Summary, list[Points]]], names: Sequence[str]) -> str:
+    """Return a table of each client's accuracy in the first and the last measured round."""
+    columns = [
+        (f"{one.label}, round {round}", [own[round] for own in points])
+        for one, points in found
+        for round in dict.fromkeys((min(points[0]), max(points[0])))
+    ]
+    rows = [[escape(name), *(escape(per_cent(own[client])) for _, own in columns)] for client, name in enumerate(names)]
+    means = [sum(one.mean for one in own) / len(own) for _, own in columns]
+    rows.append(["mean", *(f"{100 * mean:.1f}" for mean in means)])
+    header = ["client", *(escape(name) for name, _ in columns)]
+    return f'<div class="large">{table(header, rows)}</div>'
 
 
 def _against(block: Block) -> tuple[Callable[[Summary], str], str]:

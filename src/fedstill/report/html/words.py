@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedstill.config import flat
 from fedstill.data import list_protocols
 from fedstill.methods.registry import list_methods
 from fedstill.report.html.content import Block, Content, class_counts
 from fedstill.studies.compare import ENSEMBLES, Summary
-from fedstill.studies.results import RunData, flat
-from fedstill.studies.tables import points
+from fedstill.studies.results import RunData
+from fedstill.studies.tables import MANY, named, points
 
 Facts = dict[str, str]
-MANY = 4
-"""More names than this are counted."""
 UNSET = "–"
 NO_RESULT = ("seed.", "schema_version", "tracking.", "checkpoint.")
 """Keys that the configuration's tables leave out: seeds stand above, the others say nothing of results."""
@@ -148,15 +147,9 @@ def _differences(summaries: Sequence[Summary], when: str, quantity: str) -> list
             (above if one.low > 0 else below).append(f"{summary.label} {points(one)}{base}")
     total = len(above) + len(below) + len(unclear)
     sides = (("Above 0", above), ("Below 0", below), ("Around 0", unclear))
-    told = " ".join(f"{side}: {_named(names, total)}." for side, names in sides if names)
+    told = " ".join(f"{side}: {named(names, total)}." for side, names in sides if names)
     against = bases[0] if len(bases) == 1 else "the base"
     return [f"{when}, 95 % interval of the difference from {against}. {told}"] if told else []
-
-
-def _named(names: Sequence[str], total: int) -> str:
-    if len(names) <= MANY:
-        return "; ".join(names)
-    return f"all {total} methods" if len(names) == total else f"{len(names)} of {total} methods"
 
 
 def _ceiling(summaries: Sequence[Summary]) -> list[str]:
@@ -177,18 +170,6 @@ def _ceiling(summaries: Sequence[Summary]) -> list[str]:
 
 def _beside(room: float) -> str:
     return f"{abs(room):.1f} points {'below' if room >= 0 else 'above'}"
-
-
-def notes(block: Block) -> list[str]:
-    """Return what stands below a table; a remark on several methods stands once."""
-    by_remark: dict[str, list[str]] = {}
-    for summary in block.table.summaries:
-        for remark in summary.remarks:
-            by_remark.setdefault(" ".join(remark.split()), []).append(summary.label)
-    own = {f"{label}: {remark}" for remark, labels in by_remark.items() for label in labels}
-    count = len(block.table.summaries)
-    about = [f"{_named(labels, count)}: {remark}." for remark, labels in by_remark.items()]
-    return [note for note in block.sheet.notes if note not in own] + about
 
 
 # Configuration and environment
