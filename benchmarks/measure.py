@@ -220,12 +220,21 @@ class Worker:
         Where its own messages go.
     timeout : float
         Seconds after which it is ended, with all the processes that it has started.
+    env : mapping, optional
+        What it finds in its environment beside the usual.
+    halts : bool
+        Whether it is stopped between its rounds, so that nothing of it runs beside the others.
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, timeout: float = 900, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        log: Path,
+        timeout: float = 900,
+        env: Mapping[str, str] | None = None,
+        halts: bool = False,
     ) -> None:
-        self.log, self.timeout, self.command = log, timeout, list(command)
+        self.log, self.timeout, self.command, self.halts = log, timeout, list(command), halts
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._log = log.open("w")
         self.process = subprocess.Popen(
@@ -255,9 +264,22 @@ class Worker:
     def round(self) -> float:
         """Ask for a round and return its seconds."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.write("round\n")
         self.process.stdin.flush()
-        return float(self.read()["seconds"])
+        seconds = float(self.read()["seconds"])
+        self._signal(signal.SIGSTOP)
+        return seconds
+
+    def last_word(self) -> dict[str, Any]:
+        """Return what it says after its last round."""
+        self._signal(signal.SIGCONT)
+        return self.read()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Stop or continue it and its processes, where it is one that halts."""
+        if self.halts:
+            os.killpg(self.process.pid, number)
 
     def close(self, grace: float = 0) -> None:
         """End it, and what it has started; it may end by itself first where it is given time."""

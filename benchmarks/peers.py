@@ -47,7 +47,8 @@ class Peer:
     """A library: what to install, and what need not be there.
 
     ``bare`` is installed without its dependencies, ``stand_ins`` are imported by it and replaced by empty modules:
-    torchvision has no build for this PyTorch here, and loggers are not wanted.
+    torchvision has no build for this PyTorch here, and loggers are not wanted. ``halts``: it may be stopped between its
+    rounds, which Ray takes for the death of a node.
     """
 
     requires: list[str]
@@ -55,6 +56,7 @@ class Peer:
     stand_ins: str = ""
     methods: tuple[str, ...] = ("fedavg", "scaffold")
     env: dict[str, str] = field(default_factory=dict)
+    halts: bool = True
 
 
 COMMON = ["numpy", "pandas", "scikit-learn", "pillow"]
@@ -63,6 +65,7 @@ PEERS = {
         ["flwr[simulation]==1.41.0"],
         methods=("fedavg",),
         env={"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        halts=False,
     ),
     "pfl": Peer(["pfl==0.6.0"]),
     "fluke": Peer(
@@ -145,7 +148,9 @@ class Comparison:
                 commands[name] = (script, {STAND_INS: peer.stand_ins, **peer.env})
         ready, failed = {}, {}
         for name, (command, env) in commands.items():
-            worker = Worker(command, self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.log", env=env)
+            halts = name not in PEERS or PEERS[name].halts
+            log = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+            worker = Worker(command, log, env=env, halts=halts)
             try:
                 versions = worker.read()["ready"]
                 print(f"{self.model}, {self.method}: {name} is ready, {versions}", file=sys.stderr)
@@ -167,7 +172,7 @@ class Comparison:
                     ready.pop(name).close()
             turns = {name: worker.round for name, worker in ready.items()}
             seconds = alternate(turns, self.keys.rounds, self.keys.warmup - 1)
-            outcomes = {name: worker.read() for name, worker in ready.items()}
+            outcomes = {name: worker.last_word() for name, worker in ready.items()}
             for worker in ready.values():
                 worker.close(grace=30)
         finally:
