@@ -15,22 +15,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedstill.build import build
-from fedstill.callbacks import Callback, RunInfo
 from fedstill.config import load_config, to_toml
 from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.data.dataset import Samples
 from fedstill.distill.inputs import AugmentedInputs, RealInputs
 from fedstill.distill.teachers import GroupedTeachers, ModuleTeachers, SomeTeachers, StackedTeachers, teacher_accuracies
 from fedstill.errors import InputError
-from fedstill.experiment import resume, run
-from fedstill.federation import Record
 from fedstill.methods import feddf
 from fedstill.methods.base import FederationInfo, RoundContext
 from fedstill.methods.feddf import MODES, FedDF, FedDFSettings, StudentPhase, ensemble_loss
 from fedstill.models import Stateless, initial_weights, split_state
 from fedstill.rng import torch_stream
 from fedstill.weights import Weights
-from small import SMALL, play, same_state, same_weights, small, untimed
+from small import SMALL, play, same_state, same_weights, small
+from stopping import Stop, assert_goes_on_to_the_same_bits
 
 SHAPE, CLASSES = (1, 8, 8), 4
 COUNTS = torch.tensor([[6, 0, 1, 0], [2, 3, 0, 0], [0, 5, 3, 0]])
@@ -597,22 +595,11 @@ def test_architectures_teach_each_other(mode: str) -> None:
         assert not same_weights(refined.server.weights, model.server.weights)
 
 
-class StopAfterOne(Callback):
-    def on_round_end(self, round: int, record: Record, run: RunInfo) -> None:
-        if record["round"] == 1:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("mode", ["paper", "fedftg"])
 def test_a_stopped_run_ends_with_the_same_bits(mode: str, tmp_path: Path) -> None:
     keys = [*PUBLIC, f"feddf.mode={mode}", "feddf.patience=0", "feddf.steps=4", "feddf.generator_width=4"]
     config = small("method=fedavg+feddf", "train.rounds=3", "feddf.generator_steps=4", *keys)
-    whole = run(config)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path / "run", callbacks=[StopAfterOne()])
-    resumed = resume(tmp_path / "run")
-    assert same_weights(whole.weights, resumed.weights)
-    assert untimed(whole.records) == untimed(resumed.records)
+    assert_goes_on_to_the_same_bits(config, tmp_path, Stop(after=1))
 
 
 def test_without_steps_it_is_its_base_method() -> None:

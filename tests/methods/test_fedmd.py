@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fedstill.build import build
-from fedstill.callbacks import Callback
 from fedstill.client import ClientWork, Site
 from fedstill.config import load_config, to_toml
 from fedstill.errors import InputError
-from fedstill.experiment import resume, run
+from fedstill.experiment import resume
 from fedstill.federation import Federation, FederationState, Record
 from fedstill.methods import fedmd
 from fedstill.methods.base import FederationInfo, RoundContext, Upload
 from fedstill.methods.fedmd import FedMDFusion, FedMDSettings, Learner, Lesson, alignment_subset, stalled
 from fedstill.models.fedmd import fedmd_cnn
 from fedstill.payload import Kind, Payload, problem_with
-from fedstill.runs import RunDirectory
 from fedstill.weights import State, Weights
 from small import play, same_state, small, untimed
+from stopping import Stop, last_state, stopped
 
 PUBLIC, PRIVATE, ALIGN, ROUNDS = 6, 4, 40, 3
 OUTPUTS = PUBLIC + PRIVATE
@@ -374,33 +373,14 @@ def test_threads_give_the_bits_of_serial(serial: tuple[FederationState, list[Rec
     assert untimed(records) == untimed(serial[1])
 
 
-class Stop(Callback):
-    """Presses Ctrl-C after the first client of a round."""
-
-    def __init__(self, of: int) -> None:
-        self.of = of
-
-    def on_client_end(self, round: int, done: int, of: int) -> None:
-        if round == self.of and done == 1:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     tmp_path: Path, serial: tuple[FederationState, list[Record]], at: int
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(small(*KEYS), directory=tmp_path / "run", callbacks=[Stop(at + 1)])
+    stopped(small(*KEYS), tmp_path / "run", Stop(client_of=at))
     result = resume(tmp_path / "run")
     assert untimed(result.records) == untimed(serial[1])
-    assert same_state(kept_in(tmp_path / "run"), serial[0])
-
-
-def kept_in(path: Path) -> FederationState:
-    federation, _ = build(RunDirectory.read_config(path))
-    state = RunDirectory.open(path, federation).store.load()
-    assert state is not None
-    return state
+    assert same_state(last_state(tmp_path / "run"), serial[0])
 
 
 def test_a_long_phase_can_be_stopped() -> None:

@@ -80,22 +80,7 @@ def feddyn_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
     InputError
         The input does not fit.
     """
-    channels, height, width = image_shape("feddyn-cnn", input_shape, smallest=16)
-    flat = 64 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
-    body = nn.Sequential(
-        nn.Conv2d(channels, 64, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(flat, 384),
-        nn.ReLU(),
-        nn.Linear(384, 192),
-        nn.ReLU(),
-    )
-    return Backbone(body, 192, num_classes)
+    return _unpadded("feddyn-cnn", input_shape, num_classes, (64, 64), (384, 192))
 
 
 def moon_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
@@ -116,22 +101,29 @@ def moon_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
     InputError
         The input does not fit.
     """
-    channels, height, width = image_shape("moon-cnn", input_shape, smallest=16)
-    flat = 16 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
+    return _unpadded("moon-cnn", input_shape, num_classes, (6, 16), (120, 84))
+
+
+def _unpadded(
+    name: str, input_shape: tuple[int, ...], num_classes: int, convolved: tuple[int, int], hidden: tuple[int, int]
+) -> Backbone:
+    """Return two unpadded conv5x5 with pooling, then two layers of hidden units."""
+    channels, height, width = image_shape(name, input_shape, smallest=16)
+    (first, second), (wide, narrow) = convolved, hidden
     body = nn.Sequential(
-        nn.Conv2d(channels, 6, 5),
+        nn.Conv2d(channels, first, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
+        nn.Conv2d(first, second, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(flat, 120),
+        nn.Linear(second * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2), wide),
         nn.ReLU(),
-        nn.Linear(120, 84),
+        nn.Linear(wide, narrow),
         nn.ReLU(),
     )
-    return Backbone(body, 84, num_classes)
+    return Backbone(body, narrow, num_classes)
 
 
 def mcmahan_cnn(input_shape: tuple[int, ...], num_classes: int) -> Backbone:
