@@ -69,7 +69,9 @@ def test_nothing_is_asked_for_and_nothing_complained_of(tab: Chromium, page: Pat
 
 
 def test_light_and_dark_differ(tab: Chromium, page: Path) -> None:
-    line = "getComputedStyle(document.querySelector('#curves .narrow path[style*=\"--series-\"]')).stroke"
+    strokes = "[...document.querySelectorAll('#curves .narrow path')].map(path => getComputedStyle(path).stroke)"
+    coloured = "rgb => Math.max(...rgb.match(/\\d+/g)) - Math.min(...rgb.match(/\\d+/g)) > 60"  # grids are grey
+    line = f"{strokes}.filter(stroke => stroke != 'none').find({coloured})"
     paper = "getComputedStyle(document.body).backgroundColor"
     shown = []
     for dark in (False, True):

@@ -271,15 +271,15 @@ def test_text_is_never_rounded() -> None:
 
 def test_steps_lead_to_the_same_points() -> None:
     path = "M 10.123 20.456 \nL 30.789 5.25 \nL 30.789 -7.5 \nM 1 2 \nL 1.004 2 \nz\n"
-    made = style._steps(path)
+    made = style._steps(path, 2)
     assert made == "M10.12 20.46l20.67-15.21l0-12.75M1 2l0 0z"
     at, points = np.zeros(2), []
     for command, x, y in re.findall(r"([Ml])(-?[\d.]+) ?(-?[\d.]+)", made):
         at = np.array([float(x), float(y)]) + (at if command == "l" else 0)
         points.append(at)
     wanted = [(10.123, 20.456), (30.789, 5.25), (30.789, -7.5), (1, 2), (1.004, 2)]
-    assert np.abs(np.array(points) - wanted).max() < 0.02
-    assert style._steps("M 0 0 C 1 2 3 4 5 6") == "M 0 0 C 1 2 3 4 5 6"
+    assert np.abs(np.array(points) - wanted).max() < 0.0051
+    assert style._steps("M 0 0 C 1 2 3 4 5 6", 2) == "M 0 0 C 1 2 3 4 5 6"
 
 
 def test_colours_are_variables_on_the_page_alone() -> None:

@@ -22,7 +22,7 @@ from fedstill.studies.statistics import Spread
 
 DRAWN, SMALL = 160, 50
 """Points of a line, and of one in a small panel; of more rounds evenly spaced ones are drawn, with both ends."""
-MARKED = 25  # points; lines of more have no markers
+MARKED = 12  # points; lines of more have no markers
 POINTS = 72  # in an inch
 Numbers = npt.NDArray[np.float64]
 
@@ -222,7 +222,9 @@ def _style(line: Line, marker: str) -> dict[str, Any]:
 
 def _envelope(shown: Sequence[Line]) -> tuple[Numbers, Numbers, Numbers]:
     """Return x, and the lowest and highest mean of the lines that reach there."""
-    x = np.linspace(min(line.x[0] for line in shown), max(line.x[-1] for line in shown), SMALL)
+    x = np.unique(np.concatenate([line.x for line in shown]))  # between two of them all lines are straight
+    if len(x) > SMALL:
+        x = np.linspace(x[0], x[-1], SMALL)
     means = np.array([np.interp(x, line.x, line.means, left=np.nan, right=np.nan) for line in shown])
     known = ~np.isnan(means).all(axis=0)
     return x[known], np.nanmin(means[:, known], axis=0), np.nanmax(means[:, known], axis=0)

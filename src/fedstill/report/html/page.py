@@ -9,6 +9,7 @@ from importlib import resources
 
 from matplotlib.figure import Figure
 
+from fedstill.report.html.smaller import smaller
 from fedstill.report.html.style import Drawing, drawing
 
 
@@ -92,11 +93,12 @@ def page(title: str, lead: str, sections: Sequence[Section], foot: str) -> str:
     css = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{one.name}">{escape(one.title)}</a>' for one in sections)
     parts = "".join(f'<section id="{one.name}"><h2>{escape(one.title)}</h2>{one.body}</section>\n' for one in sections)
+    parts, classes = smaller(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}{classes}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>{lead}<nav>{links}</nav></header>\n<main>\n{parts}</main>\n"
         f"<footer>{foot}</footer>\n</body>\n</html>\n"
     )

@@ -23,7 +23,7 @@ from fedstill.studies.results import RunData
 from fedstill.studies.tables import LONGEST_BASE, per_cent
 
 SAMPLE_CLASSES = 10
-SAMPLE_VALUES = 500_000
+SAMPLE_VALUES = 300_000
 """Pixels times channels of all generators' samples together: what the page has room for."""
 OWN_MODELS = 20
 """Clients whose own models are shown one by one."""

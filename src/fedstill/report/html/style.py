@@ -154,17 +154,22 @@ def drawing(figure: Figure, name: str, alt: str) -> Drawing:
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": "fedstill", "Title": alt})  # type: ignore[no-untyped-call]
     figure.dpi = DOTS
     FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None, "Title": alt})  # type: ignore[no-untyped-call]
-    text = rounded(svg.getvalue().decode())
-    return Drawing(inline(text, name, alt), text.encode(), pdf.getvalue())
+    text = svg.getvalue().decode()
+    return Drawing(inline(rounded(text, 1), name, alt), rounded(text, 2).encode(), pdf.getvalue())
 
 
-def rounded(svg: str) -> str:
-    """Return a drawing with a hundredth of a point as its finest step, and its lines as short steps."""
-    tags = re.sub(r"<[^>]+>", lambda tag: FINE.sub(lambda found: _number(float(found[0])), tag[0]), svg)
-    return re.sub(r'(?<= d=")M[^"]*', lambda found: _steps(found[0]), tags)
+def rounded(svg: str, digits: int) -> str:
+    """Return a drawing with positions in tenths or hundredths of a point, and its lines as short steps."""
+
+    def tag(found: re.Match[str]) -> str:
+        text = FINE.sub(lambda number: _number(float(number[0]), 2), found[0])
+        text = re.sub(r'(?<= [xy]=")[-.\d]+(?=")', lambda number: _number(float(number[0]), digits), text)
+        return re.sub(r'(?<= d=")M[^"]*', lambda path: _steps(path[0], digits), text)
+
+    return re.sub(r"<[^>]+>", tag, svg)
 
 
-def _steps(path: str) -> str:
+def _steps(path: str, digits: int) -> str:
     """Return a path of straight lines by its steps; another one as it is."""
     parts = re.findall(r"[MLz]|-?[\d.]+|\S", path)
     if any(part.isalpha() and part not in "MLz" for part in parts):
@@ -181,14 +186,15 @@ def _steps(path: str) -> str:
             continue
         x, y = values
         values = []
-        step = (x, y) if command == "M" else (x - at[0], y - at[1])
-        made += f"{'M' if command == 'M' else 'l'}{_number(step[0])} {_number(step[1])}".replace(" -", "-")
-        at = (x, y)
+        at = (0.0, 0.0) if command == "M" else at
+        step = _number(x - at[0], digits), _number(y - at[1], digits)
+        made += f"{'M' if command == 'M' else 'l'}{step[0]} {step[1]}".replace(" -", "-")
+        at = at[0] + float(step[0]), at[1] + float(step[1])  # where the rounded steps have led, so that none adds up
     return made
 
 
-def _number(value: float) -> str:
-    text = f"{value:.2f}".rstrip("0").rstrip(".").replace("-0.", "-.")
+def _number(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}".rstrip("0").rstrip(".").replace("-0.", "-.")
     return "0" if text in ("0", "-0") else text.removeprefix("0")
 
 

@@ -40,14 +40,19 @@ def what_was_run(content: Content) -> Facts:
 
 
 def missing(content: Content) -> list[str]:
-    """Return what is not whole, with the reason."""
-    return [
-        f"{summary.label}{_in(block)}: seed {one.seed} {one.reason}"
-        for block in content.blocks
-        for summary in block.table.summaries
-        for one in summary.group.seeds
-        if one.state != "whole"
-    ]
+    """Return what is not whole, with the reason; many runs of a seed with the same reason are counted."""
+    by_reason: dict[str, list[str]] = {}
+    for block in content.blocks:
+        for summary in block.table.summaries:
+            for one in summary.group.seeds:
+                if one.state != "whole":
+                    by_reason.setdefault(f"seed {one.seed} {one.reason}", []).append(f"{summary.label}{_in(block)}")
+    lines = []
+    for reason, labels in by_reason.items():
+        lines += (
+            [f"{label}: {reason}" for label in labels] if len(labels) <= MANY else [f"{len(labels)} runs: {reason}"]
+        )
+    return lines
 
 
 def _in(block: Block) -> str:
