@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from fedstill.report.html.content import Block, Content, Gain, Points
 from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, gains, lines
 from fedstill.report.html.page import Figures, Section, facts, table
 from fedstill.report.html.style import COLUMN, Palette
-from fedstill.report.samples import ClassSamples, class_samples, has_generator
+from fedstill.report.samples import ClassSamples, Images, class_samples, has_generator
 from fedstill.studies.compare import On, Summary
 from fedstill.studies.results import RunData
 from fedstill.studies.tables import LONGEST_BASE, per_cent
@@ -394,11 +394,15 @@ def _samples(content: Content, figures: Figures) -> str:
     shown: list[str] = []
     missing: dict[str, None] = {}
     left = float(SAMPLE_VALUES)
+    beside: dict[str, Images | None] = {}
     for at, (block, summary, run) in enumerate(groups):
         found = _that_fit(run, left / (len(groups) - at))
         if found is None:
             continue
+        if beside.get(block.name) is not None:  # the same real samples stand beside the table's first generator
+            found = replace(found, real=None)
         left -= found.made.size + (0 if found.real is None else found.real.size)
+        beside.setdefault(block.name, found.real)
         if found.missing:
             missing[f"Real samples are left out: {found.missing}."] = None
         model = f", model {found.model}" if found.model else ""
@@ -410,7 +414,7 @@ def _samples(content: Content, figures: Figures) -> str:
         return ""
     first = (
         "The generator's samples by class, as the student saw them, in the data's own scale. "
-        "Only a simulation can show real samples beside them: no server has these."
+        "Only a simulation can show real samples beside them, here beside a table's first: no server has these."
     )
     return _notes([first, *missing]) + f'<div class="figures">{"".join(shown)}</div>'
 
