@@ -17,7 +17,7 @@ from fedstill.client import ClientWork
 from fedstill.errors import InputError, RunError
 from fedstill.execution import processes
 from fedstill.execution.parcels import Inbox, Outbox
-from fedstill.execution.processes import dealt
+from fedstill.execution.processes import ProcessExecutor, dealt
 from fedstill.methods.fedavg import FedAvgObjective
 from fedstill.payload import Payload
 from small import play, same_state, small, untimed
@@ -152,6 +152,22 @@ def test_what_cannot_be_sent_is_trained_on_threads(monkeypatch: pytest.MonkeyPat
     assert federation.config.execution.executor == "threads"
     # 200 pictures of 64 float32 and their labels take 52,800 bytes.
     assert [note for note in notes if "0 MiB of shared memory" in note and "trained on threads" in note]
+
+
+def test_weights_without_room_are_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(memory: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RunError, match=r"no shared memory for 1 MiB .*--shm-size.*executor = 'threads'"):
+        Outbox().put(torch.zeros(2**17))
+
+
+def test_there_are_no_more_processes_than_clients_in_a_round() -> None:
+    keys = ["execution.executor=processes", "execution.workers=16", "data.clients=4"]
+    counts = [build(small(*keys, f"train.participation={part}"))[0].executor for part in (1.0, 0.5, 0.3)]
+    # 0.3 of 4 clients are 1.2: one.
+    assert [executor.count for executor in counts if isinstance(executor, ProcessExecutor)] == [4, 2, 1]
 
 
 def test_processes_are_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

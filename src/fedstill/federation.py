@@ -166,7 +166,7 @@ class Federation:
         stream = numpy_stream(self.config.seed.train, "cohort", round)
         total, part = len(self.info.samples), self.config.train.participation
         if self.config.train.sampling == "fixed":
-            size = max(1, round_half_up(part * total))
+            size = cohort_size(part, total)
             return sorted(int(client) for client in stream.choice(total, size, replace=False))
         while True:
             cohort = np.flatnonzero(stream.random(total) < part)
@@ -484,6 +484,11 @@ class Traffic:
     def record(self) -> dict[str, dict[str, int]]:
         """Return the bytes for the metrics file."""
         return {"down": self.down, "up": self.up}
+
+
+def cohort_size(participation: float, clients: int) -> int:
+    """Return how many clients a round has, or has on average where each is drawn for itself; at least 1."""
+    return max(1, round_half_up(participation * clients))
 
 
 def round_half_up(value: float) -> int:

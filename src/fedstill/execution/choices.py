@@ -15,7 +15,7 @@ from fedstill.errors import InputError
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
 from fedstill.execution.processes import ProcessExecutor, why_no_processes
 from fedstill.execution.vectorized import VectorizedExecutor, why_not
-from fedstill.federation import Architecture
+from fedstill.federation import Architecture, cohort_size
 from fedstill.methods.base import LocalObjective
 from fedstill.models import Stateless
 from fedstill.models.randomness import random_layers
@@ -72,7 +72,7 @@ def with_processes(
     """
     execution = config.execution
     if left_to_us:
-        cohort = max(1, round(config.train.participation * len(train.shares)))
+        cohort = cohort_size(config.train.participation, len(train.shares))
         mean = sum(train.steps_of(client) for client in range(len(train.shares))) / len(train.shares)
         convolves = any(isinstance(part, nn.Conv2d) for model in models for part in model.module.modules())
         several = execution.executor == "threads" and min(execution.workers or 1, cohort) > 1
@@ -97,7 +97,8 @@ def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Ex
     if execution.executor == "threads":
         return ThreadExecutor(models, workers, execution.intra_op_threads, bf16)
     if execution.executor == "processes":
-        return ProcessExecutor(models, workers, execution.intra_op_threads, bf16)
+        useful = min(workers, cohort_size(config.train.participation, clients))
+        return ProcessExecutor(models, useful, execution.intra_op_threads, bf16)
     serial = SerialExecutor(models, execution.intra_op_threads, bf16)
     if execution.executor == "vectorized":
         several = workers > 1 and execution.device == "cpu"

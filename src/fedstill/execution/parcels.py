@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedstill.errors import RunError
+
 
 @dataclass(frozen=True)
 class Parcel:
@@ -43,8 +45,7 @@ class Outbox:
         need = sum(aligned(raw.nbytes) for raw in raws)
         fresh = self.used + need > len(self.memory)
         if fresh:
-            self.memory, self.used = torch.empty(2 * (self.used + need), dtype=torch.uint8), 0
-            self.memory.share_memory_()  # type: ignore[no-untyped-call]
+            self.memory, self.used = shared(2 * (self.used + need)), 0
         memory, at = self.memory.numpy().data, []
         for raw in raws:
             memory[self.used : self.used + raw.nbytes] = raw
@@ -64,7 +65,27 @@ class Inbox:
         if parcel.memory is not None:
             self.memory = parcel.memory
         memory = self.memory.numpy().data
+        # From a process of this program, through its pipe; what comes from a client or a file is never unpickled.
         return pickle.loads(parcel.head, buffers=[memory[first:last] for first, last in parcel.at])
+
+
+def shared(size: int) -> Tensor:
+    """Return bytes that another process can be given.
+
+    Raises
+    ------
+    RunError
+        Where the system has no room for them.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    try:
+        memory.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise RunError(
+            f"no shared memory for {size / 2**20:,.0f} MiB of weights ({str(error).splitlines()[0]}); give the machine "
+            f"more (docker run --shm-size), or set execution.executor = 'threads'"
+        ) from error
+    return memory
 
 
 def aligned(size: int) -> int:

@@ -115,7 +115,7 @@ class MakeReady:
         """Keep it."""
         global _place
         keep_freed_memory()
-        executor, trainer = pickle.loads(self.rest)
+        executor, trainer = pickle.loads(self.rest)  # of the program that started this process, through its pipe
         _place = Place(executor, replace(trainer, samples=self.samples, public=self.public))
 
 
@@ -167,13 +167,13 @@ def why_no_processes(train: LocalTrainer, models: Models) -> str | None:
     """Say why clients cannot be trained in other processes; None where they can."""
     try:
         content = pickled((models, without_samples(train)))
-    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:  # what objects raise there
         return f"its method or its model cannot be sent to another process ({str(error).splitlines()[0]})"
     if b"__main__" in content:
         return "its method or its model is defined in the program that was started, not in a module"
-    size = bytes_in(train)
+    size = 2 * bytes_in(train)  # and as much again for weights on their way, which nobody knows yet
     if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < size:
-        return f"its samples take {size / 2**20:,.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / 2**20:,.0f}"
+        return f"it needs {size / 2**20:,.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / 2**20:,.0f}"
     return None
 
 

@@ -222,7 +222,7 @@ def _style(line: Line, marker: str) -> dict[str, Any]:
 
 def _envelope(shown: Sequence[Line]) -> tuple[Numbers, Numbers, Numbers]:
     """Return x, and the lowest and highest mean of the lines that reach there."""
-    x = np.unique(np.concatenate([line.x for line in shown]))  # between two of them all lines are straight
+    x = np.unique(np.concatenate([line.x for line in shown]))  # all lines are straight between two of them
     if len(x) > SMALL:
         x = np.linspace(x[0], x[-1], SMALL)
     means = np.array([np.interp(x, line.x, line.means, left=np.nan, right=np.nan) for line in shown])
