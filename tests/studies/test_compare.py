@@ -18,7 +18,8 @@ from written import cell, line, write_index, write_run
 
 from fedstill import cli
 from fedstill.errors import InputError
-from fedstill.studies.compare import Comparison, Target, compare
+from fedstill.studies.compare import Comparison, compare
+from fedstill.studies.costs import Target
 from fedstill.studies.statistics import Difference, Spread, paired_difference, spread, t_within, worst_decile
 from fedstill.studies.tables import WIDTH, as_text, sheets
 
@@ -114,6 +115,41 @@ def test_targets_are_medians_over_those_that_reach_them(study: Path) -> None:
         Target(0.95, 0, 3, None, None, None),
     )
     assert more.targets[0] == Target(0.5, 2, 2, 2.0, 3.0, 7.0)
+
+
+def test_at_equal_cost_of_the_same_costs_is_the_mean_difference(study: Path) -> None:
+    more = compare(study).tables[0].summaries[1]
+    assert more.differences["equal_seconds"] == more.differences["equal_megabytes"]
+    assert more.differences["equal_seconds"].mean == pytest.approx(more.differences["mean"].mean)
+    assert more.differences["equal_seconds"].n == 2
+
+
+def test_at_equal_cost_by_hand(tmp_path: Path) -> None:
+    """A round of ``slow`` takes 7 seconds, two of the base's 3.5; it is measured in the rounds 1, 2, 3 and 5."""
+    slow = [
+        line(at, value, seconds={"train": 4.0, "refine": 3.0}) for at, value in enumerate([0.5, 0.7, 0.6, 0, 0.9], 1)
+    ]
+    slow[3]["fused"] = None
+    base = [line(at, value) for at, value in enumerate([0.1, 0.3, 0.5, 0.6, 0.8], 1)]
+    base[3]["fused"] = None  # at 14 s halfway between 0.5 and 0.8
+    for name, lines in (("slow", slow), ("base", base)):
+        write_run(tmp_path / name / "seed-0", lines)
+    cells = [cell(name, 0, f"{name}/seed-0", base=None if name == "base" else "base") for name in ("base", "slow")]
+    found = compare(write_index(tmp_path, cells)).tables[0].summaries[1].differences
+    # 7 s: 0.5 - 0.3; 14 s: 0.7 - 0.65; 21 s and 35 s are after the base's end
+    assert found["equal_seconds"] == Difference(pytest.approx(0.125), None, None, 1)
+    # as many bytes a round: rounds 1, 2, 3 and 5
+    assert found["equal_megabytes"].mean == pytest.approx((0.4 + 0.4 + 0.1 + 0.1) / 4)
+
+
+def test_at_equal_cost_needs_a_base_that_was_measured_by_then(tmp_path: Path) -> None:
+    base, dear = [line(1, 0.5)], [line(1, 0.9, seconds={"train": 50.0})]
+    write_run(tmp_path / "base", base)
+    write_run(tmp_path / "dear", dear)
+    cells = [cell("base", 0, "base"), cell("dear", 0, "dear", base="base")]
+    found = compare(write_index(tmp_path, cells)).tables[0].summaries[1].differences
+    assert "equal_seconds" not in found
+    assert found["equal_megabytes"].mean == pytest.approx(0.4)
 
 
 def test_curve(study: Path) -> None:

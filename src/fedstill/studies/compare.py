@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from fedstill.build import clients_by_model
 from fedstill.config import flat
@@ -15,11 +15,17 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
 from fedstill.names import unknown
-from fedstill.progress import megabytes
-from fedstill.studies.results import Group, Results, RunData, in_words, read, seconds
-from fedstill.studies.statistics import Difference, Spread, paired_difference, spread, worst_decile
+from fedstill.studies.costs import COSTS, Band, Cost, On, Target, curve, gain_at_equal_cost, measured, target
+from fedstill.studies.results import Group, Results, RunData, in_words, read
+from fedstill.studies.statistics import (
+    Difference,
+    Spread,
+    mean_difference,
+    paired_difference,
+    spread,
+    worst_decile,
+)
 
-On = Literal["test", "validation"]
 Figures = dict[str, float]
 
 LAST = 5
@@ -45,46 +51,9 @@ QUANTITIES = {
 """The figures of a run: name, as in the CSV file, -> what it is. Accuracies are parts of 1."""
 ACCURACIES = ("final", "best", "last_mean", "mean")
 """Those of which differences are taken."""
-
-
-@dataclass(frozen=True)
-class Band:
-    """Accuracy of the final model after one round, over the seeds.
-
-    Parameters
-    ----------
-    round : int
-    accuracy : Spread
-    megabytes, seconds : float
-        Spent until then, mean over the seeds.
-    """
-
-    round: int
-    accuracy: Spread
-    megabytes: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """What it takes to reach an accuracy: medians over the seeds that do.
-
-    Parameters
-    ----------
-    accuracy : float
-        A part of 1.
-    reached, of : int
-        How many of the whole runs reach it.
-    rounds, megabytes, seconds : float or None
-        Until the first evaluated round with at least this accuracy; None where no seed reaches it.
-    """
-
-    accuracy: float
-    reached: int
-    of: int
-    rounds: float | None
-    megabytes: float | None
-    seconds: float | None
+EQUAL = {f"equal_{cost}": cost for cost in COSTS}
+"""Differences in accuracy from a base that has spent as much: name -> cost."""
+DIFFERENCES = (*ACCURACIES, *EQUAL)
 
 
 @dataclass(frozen=True)
@@ -102,7 +71,7 @@ class Summary:
     quantities : dict
         Name of :data:`QUANTITIES` -> its spread over the seeds; what was not measured is not there.
     differences : dict
-        Name of :data:`ACCURACIES` -> paired difference from the base, on the same seeds.
+        Name of :data:`DIFFERENCES` -> paired difference from the base, on the same seeds.
     targets : tuple of Target
     per_class : tuple of Spread or None
         By class; empty where it was not measured, None for a class without samples.
@@ -345,6 +314,10 @@ def _summary(
     base = base_of(label, named, wanted.baseline)
     theirs = figures[base] if base else {}
     differences = {name: paired_difference(_column(own, name), _column(theirs, name)) for name in ACCURACIES}
+    if base:
+        beside = named[base].whole
+        pairs = [(run, beside[seed]) for seed, run in group.whole.items() if seed in beside]
+        differences |= {name: _at_equal(pairs, wanted.on, cost) for name, cost in EQUAL.items()}
     spreads = {name: spread(_column(own, name).values()) for name in QUANTITIES}
     runs = list(group.whole.values())
     classes = [per_class(run, wanted.on) for run in runs]
@@ -354,11 +327,16 @@ def _summary(
         base,
         {name: one for name, one in spreads.items() if one is not None},
         {name: one for name, one in differences.items() if one is not None},
-        tuple(_target(runs, accuracy, wanted.on) for accuracy in wanted.targets),
+        tuple(target(runs, accuracy, wanted.on) for accuracy in wanted.targets),
         tuple(spread(value for value in values if value is not None) for values in zip(*classes, strict=False)),
-        tuple(_curve(runs, wanted.on)),
+        tuple(curve(runs, wanted.on)),
         tuple(_own_remarks(group, differences["final"], wanted.on)),
     )
+
+
+def _at_equal(pairs: Sequence[tuple[RunData, RunData]], on: On, cost: Cost) -> Difference | None:
+    gains = (gain_at_equal_cost(run, base, on, cost) for run, base in pairs)
+    return mean_difference(gain for gain in gains if gain is not None)
 
 
 def _column(figures: Mapping[str, Figures], name: str) -> dict[str, float]:
@@ -435,7 +413,7 @@ def figures_of(run: RunData, on: On, last: int) -> Figures:
     InputError
         If nothing was measured on these samples.
     """
-    found = list(_accuracies(run, on).values())
+    found = list(measured(run, on).values())
     rounds = len(run.records)
     return {
         "final": found[-1],
@@ -449,14 +427,6 @@ def figures_of(run: RunData, on: On, last: int) -> Figures:
         **_bounds(run, on),
         **_worst_clients(run, on),
     }
-
-
-def _accuracies(run: RunData, on: On) -> dict[int, float]:
-    found = accuracies(run.records, on)
-    if not found:
-        measured = " and ".join(run.config.eval.on) or "nothing"
-        raise InputError(f"{run.path}: no accuracy on {on} samples, it was measured on {measured} (eval.on)")
-    return found
 
 
 def _bounds(run: RunData, on: On) -> Figures:
@@ -515,27 +485,3 @@ def per_class(run: RunData, on: On) -> list[float | None]:
     weights = [len(own) for own in clients_by_model(run.config, run.config.data.clients)]
     columns = zip(*(one[on]["per_class"] for one in scores["by_model"].values()), strict=True)
     return [None if None in column else statistics.fmean(column, weights) for column in columns]
-
-
-# Curves and targets
-
-
-def _target(runs: Sequence[RunData], accuracy: float, on: On) -> Target:
-    spent = []
-    for run in runs:
-        reached = (round for round, found in _accuracies(run, on).items() if found >= accuracy)
-        if (round := next(reached, None)) is not None:
-            until = run.records[:round]
-            spent.append((float(round), megabytes(until), seconds(until)))
-    medians = [statistics.median(column) for column in zip(*spent, strict=True)] if spent else [None] * 3
-    return Target(accuracy, len(spent), len(runs), *medians)
-
-
-def _curve(runs: Sequence[RunData], on: On) -> Iterator[Band]:
-    found = [(run, _accuracies(run, on)) for run in runs]
-    for round in sorted({round for _, own in found for round in own}):
-        there = [(run, own[round]) for run, own in found if round in own]
-        accuracy = spread(value for _, value in there)
-        assert accuracy is not None
-        until = [run.records[:round] for run, _ in there]
-        yield Band(round, accuracy, statistics.fmean(map(megabytes, until)), statistics.fmean(map(seconds, until)))

@@ -63,7 +63,12 @@ def paired_difference(ours: Mapping[str, float], base: Mapping[str, float]) -> D
     ours, base : mapping
         Seed -> value.
     """
-    found = spread(value - base[seed] for seed, value in ours.items() if seed in base)
+    return mean_difference(value - base[seed] for seed, value in ours.items() if seed in base)
+
+
+def mean_difference(differences: Iterable[float]) -> Difference | None:
+    """Return the mean of differences within pairs and its interval; None of no pair."""
+    found = spread(differences)
     if found is None:
         return None
     if found.std is None:

@@ -18,7 +18,16 @@ from rich.table import Table
 from fedstill.errors import InputError, RunError
 from fedstill.names import unknown
 from fedstill.runs.files import write_atomically
-from fedstill.studies.compare import ACCURACIES, ENSEMBLES, QUANTITIES, Comparison, ComparisonTable, Summary, Target
+from fedstill.studies.compare import (
+    ACCURACIES,
+    DIFFERENCES,
+    ENSEMBLES,
+    QUANTITIES,
+    Comparison,
+    ComparisonTable,
+    Summary,
+)
+from fedstill.studies.costs import Target
 from fedstill.studies.statistics import Difference, Spread
 
 Format = Literal["terminal", "csv", "markdown", "latex"]
@@ -201,6 +210,10 @@ def _more(comparison: Comparison, table: ComparisonTable) -> Iterator[tuple[str,
     )
     others = [name for name in ACCURACIES if name != "final"]
     yield f"more differences from {base}", [_difference(name, last if name == "last_mean" else name) for name in others]
+    yield (
+        f"accuracy beside {base} at the same cost, mean over the rounds that end within its own",
+        [_difference("equal_seconds", "same seconds"), _difference("equal_megabytes", "same MB")],
+    )
     for about, kinds in (("before and after refinement", ("fused", "refined")), ("ensembles", ENSEMBLES)):
         ends = [(kind, when) for kind in kinds for when in ("first", "last")]
         yield (
@@ -421,7 +434,7 @@ def _csv_row(table: ComparisonTable, summary: Summary) -> dict[str, object]:
     for name in QUANTITIES:
         one = summary.quantities.get(name)
         row |= {f"{name}_mean": one and one.mean, f"{name}_std": one and one.std}
-    for name in ACCURACIES:
+    for name in DIFFERENCES:
         gain = summary.differences.get(name)
         row |= {f"{name}_difference": gain and gain.mean, f"{name}_difference_low": gain and gain.low}
         row |= {f"{name}_difference_high": gain and gain.high, f"{name}_difference_pairs": gain and gain.n}

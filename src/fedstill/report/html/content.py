@@ -19,7 +19,8 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
 from fedstill.report.html.style import Palette
-from fedstill.studies.compare import LAST, Comparison, ComparisonTable, On, Summary, compare, figures_of
+from fedstill.studies.compare import LAST, Comparison, ComparisonTable, Summary, compare, figures_of
+from fedstill.studies.costs import On
 from fedstill.studies.plan import short_names, slug
 from fedstill.studies.results import Group, Keys, RunData, in_words
 from fedstill.studies.statistics import Spread, spread

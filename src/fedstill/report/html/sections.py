@@ -18,7 +18,8 @@ from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, gains, line
 from fedstill.report.html.page import Figures, Section, facts, table
 from fedstill.report.html.style import COLUMN, Palette
 from fedstill.report.samples import ClassSamples, Images, class_samples, has_generator
-from fedstill.studies.compare import On, Summary
+from fedstill.studies.compare import Summary
+from fedstill.studies.costs import On
 from fedstill.studies.results import RunData
 from fedstill.studies.tables import LONGEST_BASE, per_cent
 
@@ -280,6 +281,7 @@ def _final(place: Place) -> Iterator[str]:
     for quantity, name, title in (
         ("final", "differences", "Paired differences after the last round"),
         ("mean", "differences-mean", "Paired differences in the mean of all rounds"),
+        ("equal_seconds", "differences-equal-seconds", "Beside its base at the same seconds"),
     ):
         pairs = [
             (named(one), place.colour(one), one.differences[quantity])
