@@ -132,34 +132,17 @@ def _one_panel(shown: Sequence[Line], palette: Palette, x: Axis, y: Axis, wide: 
 
 def _panels(shown: Sequence[Line], x: Axis, y: Axis, wide: bool) -> Figure:
     """Draw a panel for each line: over the grey range of all, beside its base."""
-    columns = 4 if wide else 2
-    rows = -(-len(shown) // columns)
     shown = [line.thinned(SMALL) for line in shown]
     titles = [f"{_number(line.means[-1], y)}  {wrapped(line.label, 22)}" for line in shown]
-    height = 0.35 + (1.05 + _title_height(titles)) * rows
-    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(shown):
-            axes.set_visible(False)
-            continue
-        line = shown[place]
-        _grid(axes)
-        if not place:
+    panels = _Panels.of(titles, columns=4 if wide else 2, wide=wide, each=1.05, around=0.35)
+    for line, axes in zip(shown, panels.axes, strict=True):
+        if axes is panels.axes[0]:
             _ranges(axes, shown, x, Axis("", y.per_cent, y.whole, y.begins_at_zero))
         axes.fill_between(*_envelope(shown), color=GRID, alpha=0.6, linewidth=0, zorder=1)
         for base in (other for other in shown if other.label == line.base):
             axes.plot(base.x, base.means, color=FAINT, linewidth=0.9, linestyle=(0, (3, 1.5)), zorder=2)
         _draw(axes, line, SERIES[0], "o")
-        axes.set_title(titles[place], fontsize=FONT - 1)
-        axes.set_xlabel("")
-        axes.label_outer()
-        if place + columns >= len(shown):
-            axes.tick_params(labelbottom=True)
-    figure.supxlabel(x.label, fontsize=FONT, color=FAINT)
-    figure.supylabel(y.label, fontsize=FONT, color=FAINT)
-    return figure
+    return panels.finished(x.label, y.label)
 
 
 def by_client(shown: Mapping[str, Sequence[Line]], palette: Palette, y: Axis, *, wide: bool = False) -> Figure:
@@ -175,31 +158,17 @@ def by_client(shown: Mapping[str, Sequence[Line]], palette: Palette, y: Axis, *,
     wide : bool
         Two columns of a paper wide; else one.
     """
-    columns = min(len(shown), 5 if wide else 2)
-    rows = -(-len(shown) // columns)
     known = {line.label: line for own in shown.values() for line in own}
     markers = {name: MARKERS[place % len(MARKERS)] for place, name in enumerate(known)}
     titles, names = [wrapped(title, 22) for title in shown], [wrapped(name, 50) for name in known]
     legend = sum(name.count("\n") + 1 for name in names) * FONT * 1.25 / POINTS
-    height = 0.45 + legend + (0.95 + _title_height(titles)) * rows
-    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    _ranges(grid[0, 0], [line for own in shown.values() for line in own], Axis("", whole=True), y)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(shown):
-            axes.set_visible(False)
-            continue
-        _grid(axes)
-        for line in list(shown.values())[place]:
+    columns = min(len(shown), 5 if wide else 2)
+    panels = _Panels.of(titles, columns=columns, wide=wide, each=0.95, around=0.45 + legend)
+    _ranges(panels.axes[0], [line for own in shown.values() for line in own], Axis("", whole=True), y)
+    for own, axes in zip(shown.values(), panels.axes, strict=True):
+        for line in own:
             _draw_or_dash(axes, line.thinned(SMALL), palette[line.key], markers[line.label])
-        axes.set_title(titles[place], fontsize=FONT - 1)
-        axes.set_ylabel("")
-        axes.label_outer()
-        if place + columns >= len(shown):
-            axes.tick_params(labelbottom=True)
-    figure.supxlabel("round", fontsize=FONT, color=FAINT)
-    figure.supylabel(y.label, fontsize=FONT, color=FAINT)
+    figure = panels.finished("round", y.label)
     handles = [Line2D([], [], color=palette[line.key], **_style(line, markers[name])) for name, line in known.items()]
     figure.legend(handles, names, loc="outside upper left", frameon=False, fontsize=FONT - 0.5, labelcolor=INK)
     return figure
@@ -244,18 +213,9 @@ def gains(shown: Mapping[str, tuple[str, Gain]], palette: Palette, label: str, *
         Two columns of a paper wide; else one.
     """
     columns = min(len(shown), 4 if wide else 2)
-    rows = -(-len(shown) // columns)
     titles = [wrapped(title, 22 if columns > 1 else 50) for title in shown]
-    height = 0.4 + ((1.35 if columns > 1 else 1.85) + _title_height(titles)) * rows
-    figure = Figure(figsize=(PAGE if wide else COLUMN, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(shown):
-            axes.set_visible(False)
-            continue
-        key, one = list(shown.values())[place]
-        _grid(axes)
+    panels = _Panels.of(titles, columns=columns, wide=wide, each=1.35 if columns > 1 else 1.85, around=0.4)
+    for (key, one), axes in zip(shown.values(), panels.axes, strict=True):
         axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
         _draw(axes, _line_of(key, one.given, len(shown)), palette[key], "o")
         if one.room:
@@ -263,23 +223,48 @@ def gains(shown: Mapping[str, tuple[str, Gain]], palette: Palette, label: str, *
             axes.plot(room.x, room.means, color=FAINT, linestyle=(0, (3, 1.5)), linewidth=1, zorder=2)
             if len(room.x) <= MARKED:
                 axes.plot(room.x, room.means, color=FAINT, linestyle="none", marker="_", markersize=5, zorder=2)
-        axes.set_title(titles[place], fontsize=FONT - 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
-        axes.label_outer()
-        if place + columns >= len(shown):
-            axes.tick_params(labelbottom=True)
-    figure.supxlabel("round", fontsize=FONT, color=FAINT)
-    figure.supylabel(label, fontsize=FONT, color=FAINT)
-    return figure
+    return panels.finished("round", label)
 
 
 def _line_of(key: str, points: Points, panels: int) -> Line:
     return Line("", key, list(points), list(points.values())).thinned(DRAWN if panels <= 4 else SMALL)
 
 
-def _title_height(titles: Sequence[str]) -> float:
-    return max(title.count("\n") + 1 for title in titles) * FONT * 1.25 / POINTS
+@dataclass(frozen=True)
+class _Panels:
+    """Axes for small multiples, which share their ranges: one for each title, row by row."""
+
+    figure: Figure
+    axes: list[Axes]
+    columns: int
+
+    @staticmethod
+    def of(titles: Sequence[str], *, columns: int, wide: bool, each: float, around: float) -> _Panels:
+        """Return empty panels; a row is ``each`` inches high and its titles, the rest of the figure ``around``."""
+        rows = -(-len(titles) // columns)
+        title = max(title.count("\n") + 1 for title in titles) * FONT * 1.25 / POINTS
+        figure = Figure(figsize=(PAGE if wide else COLUMN, around + (each + title) * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, text in zip(grid, titles, strict=False):
+            _grid(axes)
+            axes.set_title(text, fontsize=FONT - 0.5)
+        for axes in grid[len(titles) :]:
+            axes.set_visible(False)
+        return _Panels(figure, grid[: len(titles)], columns)
+
+    def finished(self, x: str, y: str) -> Figure:
+        """Label the axes: x below the last panel of each column, y once."""
+        for place, axes in enumerate(self.axes):
+            axes.set(xlabel="", ylabel="")
+            axes.label_outer()
+            if place + self.columns >= len(self.axes):
+                axes.tick_params(labelbottom=True)
+        self.figure.supxlabel(x, fontsize=FONT, color=FAINT)
+        self.figure.supylabel(y, fontsize=FONT, color=FAINT)
+        return self.figure
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
