@@ -189,8 +189,8 @@ def test_a_round_touches_its_cohorts_files_and_no_others(
 @pytest.mark.usefixtures("enough_samples")
 def test_the_disk_holds_the_states_and_memory_none() -> None:
     def live() -> int:
-        gc.collect()
-        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())  # isinstance would wake lazy objects
+        gc.collect()  # below, isinstance would wake lazy objects
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
     held = {}
     for where in ("memory", "disk"):
