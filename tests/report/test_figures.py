@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedstill.report.html import bars, style
 from fedstill.report.html.content import brief, client_names, gain, gathered, losses, over_base, own_models, phases
-from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, lines, thinned, wrapped
+from fedstill.report.html.lines import DRAWN, Axis, Line, best_for, by_client, frontier, lines, thinned, wrapped
 from fedstill.report.html.style import SERIES, Palette, drawing, in_style
 from fedstill.studies.compare import Summary, compare
 from fedstill.studies.results import read_run
@@ -105,6 +105,29 @@ def test_losses_of_several_architectures_are_their_mean(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(re.sub(r'"refinement": \{"fedftg": \{[^}]*\}\}', named, text))
     (summary,) = compare(run).tables[0].summaries
     assert losses(summary) == {("fedftg", "student_loss"): {1: Spread(1.5, None, 1)}}
+
+
+# Costs
+
+
+def costs(name: str, x: list[float], y: list[float]) -> Line:
+    return Line(name, name, x, [Spread(value, None, 1) for value in y])
+
+
+def test_the_best_for_each_cost_by_hand() -> None:
+    cheap = costs("cheap", [1.0, 2.0, 3.0], [0.3, 0.5, 0.6])
+    dear = costs("dear", [1.02, 2.5, 9.0], [0.4, 0.5, 0.9])
+    found = [(line.label, x, mean) for line, x, mean in best_for([cheap, dear])]
+    # 0.3 for 1 is below 0.4 for about as much; 0.5 for 2.5 is no more than 0.5 for 2
+    assert found == [("dear", 1.02, 0.4), ("cheap", 2.0, 0.5), ("cheap", 3.0, 0.6), ("dear", 9.0, 0.9)]
+
+
+def test_of_many_methods_those_that_are_best_somewhere_are_named() -> None:
+    many = [costs(f"method {at}", [1.0, 2.0], [0.1, 0.2 + 0.01 * at]) for at in range(20)]
+    figure = frontier([*many, costs("early", [0.5, 3.0], [0.15, 0.2])], Axis("MB"), PARTS)
+    (axes,) = figure.axes
+    words = [text.get_text() for text in axes.texts]
+    assert words == ["15.0  early", "39.0  method 19"]
 
 
 # Names

@@ -44,6 +44,18 @@ def test_it_has_the_same_elements_and_what_stands_outside_is_left_alone() -> Non
     assert css.count("\n") == 2
 
 
+def test_a_shape_that_is_used_once_stands_where_it_is_used() -> None:
+    shape = '<defs><path id="a" d="M0 0l1 1z"/></defs>'
+    once = f'<svg >{shape}<g clip-path="url(#c)"><use xlink:href="#a" x="0" y="9" style="fill:red"/></g></svg>'
+    html, _ = smaller(once)
+    assert html == (
+        '<svg ><g clip-path="url(#i1)"><path d="M0 0l1 1z" transform="translate(0 9)" style="fill:red"/></g></svg>'
+    )
+    twice = smaller(once.replace("</svg>", '<use xlink:href="#a" x="1" y="1"/></svg>'))[0]
+    assert twice.count("<use") == 2
+    assert twice.count("<defs>") == 1
+
+
 def test_a_style_that_stands_once_stays() -> None:
     html, css = smaller('<svg viewBox="0 0 1 1"><rect style="fill:red"/></svg>')
     assert html == '<svg viewBox="0 0 1 1"><rect style="fill:red"/></svg>'

@@ -24,6 +24,8 @@ DRAWN, SMALL = 160, 50
 """Points of a line, and of one in a small panel; of more rounds evenly spaced ones are drawn, with both ends."""
 MARKED = 12  # points; lines of more have no markers
 POINTS = 72  # in an inch
+ABOUT = 1.05
+"""Costs of which the higher is at most this many times the lower are no difference."""
 Numbers = npt.NDArray[np.float64]
 
 
@@ -58,6 +60,10 @@ class Line:
         """Return the line with at most so many points."""
         places = thinned(len(self.x), most)
         return replace(self, x=[self.x[at] for at in places], y=[self.y[at] for at in places])
+
+    def without_band(self) -> Line:
+        """Return the line of the means alone."""
+        return replace(self, y=[Spread(mean, None, 1) for mean in self.means])
 
     @property
     def means(self) -> list[float]:
@@ -127,6 +133,43 @@ def _one_panel(shown: Sequence[Line], palette: Palette, x: Axis, y: Axis, wide: 
         for place, (line, text) in enumerate(zip(shown, texts, strict=True))
     ]
     label_ends(axes, ends_of, gap, INK, None, 0.012 if wide else 0.04)
+    return figure
+
+
+def best_for(shown: Sequence[Line]) -> list[tuple[Line, float, float]]:
+    """Return the points (line, x, mean) above all that any line has for so much: a lower x, or about the same."""
+    points = sorted(
+        ((line, *at) for line in shown for at in zip(line.x, line.means, strict=True)), key=lambda at: at[1]
+    )
+    found: list[tuple[Line, float, float]] = []
+    for point in points:
+        rivals = [mean for _, x, mean in points if x <= ABOUT * point[1]]
+        if point[2] == max(rivals) and (not found or point[2] > found[-1][2]):
+            found.append(point)
+    return found
+
+
+def frontier(shown: Sequence[Line], x: Axis, y: Axis) -> Figure:
+    """Draw many lines of costs in one panel, and in steps the best for each cost, labelled."""
+    points = best_for(shown)
+    leaders = list({line.label: line for line, _, _ in points}.values())
+    last = {line.label: mean for line, _, mean in points}
+    texts = [f"{_number(last[line.label], y)}  {wrapped(line.label, 16)}" for line in leaders]
+    tallest = max(text.count("\n") + 1 for text in texts)
+    height = max(2.5, 0.7 + (tallest * FONT * 1.25 + 2) * len(leaders) / POINTS)
+    figure, axes = _figure(COLUMN, height)
+    _ranges(axes, [line.without_band() for line in shown], x, y)
+    for line in shown:
+        axes.plot(line.x, line.means, color=GRID, linewidth=0.7, zorder=1)
+    axes.step([at for _, at, _ in points], [mean for *_, mean in points], where="post", color=FAINT, linewidth=0.9)
+    ends, apart = [], [*SERIES[::2], *SERIES[1::2]]  # the dark ones first
+    for place, (line, text) in enumerate(zip(leaders, texts, strict=True)):
+        own = [(at, mean) for other, at, mean in points if other is line]
+        end = End(last[line.label], text, apart[place % len(apart)], MARKERS[place % len(MARKERS)])
+        axes.plot(*zip(*own, strict=True), end.marker, color=end.colour, markersize=3.6, clip_on=False, zorder=4)
+        ends.append(end)
+    figure.set_layout_engine("constrained", rect=(0, 0, 0.97, 1))  # the page's letters may be wider
+    label_ends(axes, ends, (tallest * FONT * 1.25 + 1.5) / ((height - 0.55) * POINTS), INK, None, 0.04)
     return figure
 
 
@@ -260,8 +303,8 @@ class _Panels:
         for place, axes in enumerate(self.axes):
             axes.set(xlabel="", ylabel="")
             axes.label_outer()
-            if place + self.columns >= len(self.axes):
-                axes.tick_params(labelbottom=True)
+            below = place + self.columns >= len(self.axes)
+            axes.tick_params(axis="x", labelbottom=below, bottom=below)
         self.figure.supxlabel(x, fontsize=FONT, color=FAINT)
         self.figure.supylabel(y, fontsize=FONT, color=FAINT)
         return self.figure
@@ -276,7 +319,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _grid(axes: Axes) -> None:
-    axes.grid(axis="y")
+    axes.grid(axis="y", clip_on=False)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -14,7 +14,7 @@ from fedstill.data.sources import source_of
 from fedstill.report.html import bars, grids, words
 from fedstill.report.html import content as found_in
 from fedstill.report.html.content import Block, Content, Gain, Points
-from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, gains, lines
+from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, frontier, gains, lines
 from fedstill.report.html.page import Figures, Section, facts, table
 from fedstill.report.html.style import COLUMN, Palette
 from fedstill.report.samples import ClassSamples, Images, class_samples, has_generator
@@ -312,8 +312,13 @@ def _costs(place: Place) -> Iterator[str]:
             for one in place.shown
         ]  # fmt: skip
         if max(line.x[-1] for line in shown) > 0:
-            figure = lines(shown, place.palette, Axis(label, begins_at_zero=True), y)
-            caption = f"Spent until a round, and the accuracy after it; means over seeds.{place.panels}"
+            x = Axis(label, begins_at_zero=True)
+            caption = "Spent until a round, and the accuracy after it; means over seeds."
+            if place.palette.tells:
+                figure = lines(shown, place.palette, x, y)
+            else:
+                figure = frontier(shown, x, y)
+                caption += " Steps: the best for so much, give or take 5 %; grey: every method."
             yield place.add(name, figure, f"Accuracy against {name}", caption)
 
 

@@ -26,7 +26,7 @@ def smaller(html: str) -> tuple[str, str]:
     def short(name: str) -> str:
         return ids.setdefault(name, f"i{base36(next(numbers))}")
 
-    html = in_drawings(html, lambda svg: with_plain_pictures(without_empty_groups(with_ids(svg, short))))
+    html = in_drawings(html, lambda svg: with_plain_pictures(without_empty_groups(in_place(with_ids(svg, short)))))
     styles = Counter(style for svg in drawings(html) for style in re.findall(r' style="([^"]*)"', svg))
     often = [style for style, times in styles.most_common() if times > 1]
     classes = {style: f"s{base36(place)}" for place, style in enumerate(often)}
@@ -54,6 +54,27 @@ def with_ids(svg: str, short: Change) -> str:
     """Return a drawing with other ids, where they are given and where they are used."""
     svg = re.sub(r'(?<= id=")[^"]*', lambda found: short(found[0]), svg)
     return re.sub(r'(?<=href="#)[^"]*|(?<=url\(#)[^)]*', lambda found: short(found[0]), svg)
+
+
+def in_place(svg: str) -> str:
+    """Return a drawing in which a shape that is used once stands where it is used, as matplotlib's areas."""
+    used = Counter(re.findall(r'href="#([^"]*)"', svg))
+    shapes: dict[str, str] = {}
+
+    def take(found: re.Match[str]) -> str:
+        if used[found[1]] != 1 or "style=" in found[2]:
+            return found[0]
+        shapes[found[1]] = found[2]
+        return ""
+
+    def put(found: re.Match[str]) -> str:
+        name, x, y, style = found.groups()
+        if name not in shapes:
+            return found[0]
+        return f'<path{shapes[name]} transform="translate({x} {y})"{style}/>'
+
+    svg = re.sub(r'<defs>\s*<path id="([^"]*)"([^>]*)/>\s*</defs>', take, svg)
+    return re.sub(r'<use [^>]*href="#([^"]*)" x="([^"]*)" y="([^"]*)"([^>]*)/>', put, svg)
 
 
 def without_empty_groups(svg: str) -> str:
