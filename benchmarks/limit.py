@@ -199,6 +199,9 @@ class Setting:
             found[f"vectorized, {half} at once"] = engine(
                 executor="vectorized", workers=1, intra_op_threads=count, clients_at_once=half
             )
+            found["vectorized, compiled"] = engine(
+                executor="vectorized", workers=1, intra_op_threads=count, compile=True
+            )
             for layout in ("contiguous", "channels_last"):
                 found[f"auto, {layout}"] = engine(memory_format=layout)
             found["plain loop, channels last"] = lambda base: PlainLoop(base, count, channels_last=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedstill.build import build
 from fedstill.config import Config, load_config
+from fedstill.errors import InputError, RunError
+from fedstill.execution.choices import resolve
 from fedstill.federation import Federation, FederationState
 from fedstill.weights import State
 from small import SMALL, flat, play, same_state, small
@@ -95,6 +101,60 @@ def test_every_setting_of_local_training_agrees_with_serial(keys: list[str]) -> 
     _, serial, _ = trained(small(*SKEWED, *keys))
     _, batched, _ = trained(small(*SKEWED, *keys, "execution.executor=vectorized"))
     agree(serial, batched)
+
+
+COMPILED = ["execution.executor=vectorized", "execution.compile=true", "execution.workers=1"]
+NEEDS_A_COMPILER = pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler, and there is none"
+)
+
+
+@pytest.fixture
+def traced_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Let ``torch.compile`` trace and guard as always, but run what it traced as it is; counts the traces."""
+    found: list[int] = []
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        found.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_of_every_objective_agrees_with_serial(method: str, traced_alone: list[int]) -> None:
+    keys = [f"method={method}", "local.epochs=2", *SKEWED, "data.min_size=7", *METHODS[method]]
+    _, serial, _ = trained(small(*keys))
+    _, batched, _ = trained(small(*keys, *COMPILED))
+    # Only ticks of all clients with whole batches, once for all rounds; what some servers send comes after the first.
+    assert len(traced_alone) == (2 if method in ("fedgen", "feddistill") else 1)
+    agree(serial, batched)
+
+
+@NEEDS_A_COMPILER
+def test_a_step_that_the_compiler_made_agrees_with_serial() -> None:
+    keys = ["method=scaffold", "local.epochs=2", *SKEWED, "data.min_size=7"]
+    _, serial, _ = trained(small(*keys))
+    _, batched, _ = trained(small(*keys, *COMPILED))
+    agree(serial, batched)
+
+
+def test_only_a_batched_step_can_be_compiled() -> None:
+    assert resolve(small("execution.compile=true", "execution.executor=auto")).execution.executor == "vectorized"
+    with pytest.raises(InputError, match=r"execution\.compile: executor = 'threads' has no step to compile"):
+        build(small("execution.compile=true", "execution.executor=threads"))
+
+
+def test_a_step_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    with pytest.raises(RunError, match=r"execution\.compile: PyTorch cannot compile this step \(.*no compiler here"):
+        trained(small(*SKEWED, "data.min_size=7", *COMPILED))
+    torch.compiler.reset()
 
 
 def test_it_gives_its_own_bits_again() -> None:

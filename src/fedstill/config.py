@@ -197,6 +197,9 @@ class ExecutionSettings(Settings):
     per core."""
     clients_at_once: int | None = Field(None, ge=1)
     """Clients batched with each other by `vectorized`, which bounds its memory; by default the whole cohort."""
+    compile: bool = False
+    """Let torch.compile make `vectorized`'s step, which pays for small models: some 20 seconds at the start, and on a
+    CPU a C++ compiler. Moves the last bits."""
     intra_op_threads: int = Field(1, ge=1)
     """Threads inside an operation while a client trains; bits are promised for equal values."""
     server_threads: int = Field(1, ge=1)

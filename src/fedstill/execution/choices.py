@@ -14,7 +14,7 @@ from fedstill.config import Config
 from fedstill.errors import InputError
 from fedstill.execution import Executor, SerialExecutor, ThreadExecutor
 from fedstill.execution.processes import ProcessExecutor, why_no_processes
-from fedstill.execution.vectorized import VectorizedExecutor, why_not
+from fedstill.execution.vectorized import Steps, VectorizedExecutor, why_not
 from fedstill.federation import Architecture, cohort_size
 from fedstill.methods.base import LocalObjective
 from fedstill.models import Stateless
@@ -34,7 +34,9 @@ def resolve(config: Config) -> Config:
     if executor == "processes" and device != "cpu":
         raise InputError("execution.executor = 'processes' trains on a CPU; take vectorized (or auto) on a GPU")
     if executor == "auto":
-        executor = "threads" if device == "cpu" else "vectorized"
+        executor = "threads" if device == "cpu" and not execution.compile else "vectorized"
+    if execution.compile and executor != "vectorized":
+        raise InputError(f"execution.compile: executor = {executor!r} has no step to compile; take vectorized, or auto")
     workers = execution.workers or os.cpu_count() or 1
     resolved = execution.model_copy(update={"device": device, "executor": executor, "workers": workers})
     return config.model_copy(update={"execution": resolved})
@@ -103,7 +105,8 @@ def executor_of(config: Config, models: Sequence[Stateless], clients: int) -> Ex
     if execution.executor == "vectorized":
         several = workers > 1 and execution.device == "cpu"
         inner = ThreadExecutor(models, workers, execution.intra_op_threads, bf16) if several else serial
-        return VectorizedExecutor(inner, workers if several else 1, execution.clients_at_once)
+        steps = Steps(execution.compile)
+        return VectorizedExecutor(inner, workers if several else 1, execution.clients_at_once, steps)
     return serial
 
 

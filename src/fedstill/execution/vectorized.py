@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor
 from fedstill.client import ClientResult, ClientWork, LocalTrainer, Site, check_finite
 from fedstill.data.augment import augment
 from fedstill.data.dataset import Share
+from fedstill.errors import RunError
 from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
 from fedstill.methods.base import LocalObjective, Turn
 from fedstill.models.layers import Dropout
@@ -31,6 +32,35 @@ from fedstill.weights import State, Tensors, Weights
 
 Stack = dict[str, Tensor]
 """Tensors by name with a leading dimension of clients."""
+
+
+Step = Callable[[Stack, Stack, Tensor, Tensor, State], tuple[Stack, tuple[Tensor, Stack, Stack]]]
+"""The batched gradient step: (params, buffers, x, y, extras) -> grads, (loss, noted, new buffers)."""
+
+
+@dataclass
+class Steps:
+    """Makes the batched steps of a run, and keeps those that were compiled.
+
+    Parameters
+    ----------
+    compiled : bool
+        Whether ticks of the usual shape, all clients with a whole batch, go through ``torch.compile``. Every other
+        shape would have to be compiled for itself.
+    """
+
+    compiled: bool = False
+    kept: dict[tuple[int, int], tuple[object, object, Step]] = field(default_factory=dict)
+
+    def of(self, objective: LocalObjective, model: Stateless) -> tuple[Step, Step]:
+        """Return the step for any tick, and the one for ticks of the usual shape."""
+        step = _step_of(objective, model)
+        if not self.compiled:
+            return step, step
+        key = id(objective), id(model)  # of objects that are kept too
+        if key not in self.kept:
+            self.kept[key] = objective, model, _compiled(step, model)
+        return step, self.kept[key][2]
 
 
 @dataclass
@@ -45,18 +75,21 @@ class VectorizedExecutor:
         How many chunks an architecture's clients make at least, one for each worker.
     at_once : int or None
         Largest number of clients in a chunk, which bounds the memory; None for no bound.
+    steps : Steps
+        What clients do in a tick.
     """
 
     inner: SerialExecutor | ThreadExecutor
     workers: int = 1
     at_once: int | None = None
+    steps: Steps = field(default_factory=Steps)
 
     def run(self, train: LocalTrainer, works: Sequence[ClientWork]) -> Iterator[ClientResult]:
         """Yield the results chunk by chunk."""
 
         def train_chunk(models: Models, chunk: Sequence[ClientWork]) -> list[ClientResult]:
             began = time.perf_counter()
-            turns = train_together(train, [train.site(models, work) for work in chunk])
+            turns = train_together(train, [train.site(models, work) for work in chunk], self.steps)
             seconds = (time.perf_counter() - began) / len(chunk)
             return [train.result(work, turn, seconds) for work, turn in zip(chunk, turns, strict=True)]
 
@@ -101,7 +134,7 @@ def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...])
     return None
 
 
-def train_together(train: LocalTrainer, sites: Sequence[Site]) -> list[Turn]:
+def train_together(train: LocalTrainer, sites: Sequence[Site], steps: Steps) -> list[Turn]:
     """Run the local round of several clients of one architecture; turns are in the order of ``sites``.
 
     Raises
@@ -114,7 +147,7 @@ def train_together(train: LocalTrainer, sites: Sequence[Site]) -> list[Turn]:
     for job in jobs:
         groups[job.signature()].append(job)
     for group in groups.values():
-        Batch(train, group).train()
+        Batch(train, group, steps).train()
     return [job.turn(train.objective) for job in jobs]
 
 
@@ -168,6 +201,7 @@ class Batch:
 
     train_with: LocalTrainer
     jobs: Sequence[Job]
+    steps: Steps
     losses: list[list[Tensor]] = field(default_factory=list)
     norms: list[list[Tensor]] = field(default_factory=list)
 
@@ -182,7 +216,7 @@ class Batch:
         self.done = [0] * len(jobs)
         self.sums: list[Tensors] = [{} for _ in jobs]
         self.losses, self.norms = [[] for _ in jobs], [[] for _ in jobs]
-        self.step = _step_of(self.train_with.objective, jobs[0].site.model)
+        self.step, self.usual_step = self.steps.of(self.train_with.objective, jobs[0].site.model)
 
     def _column(self, values: Sequence[float]) -> Tensor:
         like = next(iter(self.params.values()))
@@ -221,7 +255,8 @@ class Batch:
         params, extras = chosen(self.params), {group: chosen(own) for group, own in self.extras.items()}
         if draws := self.draws(members):
             extras["draws"] = draws
-        grads, (loss, noted, buffers) = self.step(params, chosen(self.buffers), x, y, extras)
+        step = self.usual_step if everyone and y.shape[1] == self.train_with.local.batch_size else self.step
+        grads, (loss, noted, buffers) = step(params, chosen(self.buffers), x, y, extras)
         self.update(params, grads, extras, members, at, everyone)
         self.put(self.buffers, buffers, at, everyone)
         for row, place in enumerate(members):
@@ -291,8 +326,8 @@ class Batch:
                 stack[name][at] = value
 
 
-def _step_of(objective: LocalObjective, model: Stateless) -> Any:
-    """Return the batched gradient step: (params, buffers, x, y, extras) -> grads, (loss, noted, new buffers)."""
+def _step_of(objective: LocalObjective, model: Stateless) -> Step:
+    """Return a method's batched gradient step on a model."""
 
     def one(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, extras: State) -> tuple[Tensors, Any]:
         def loss(params: Tensors) -> tuple[Tensor, Any]:
@@ -303,7 +338,26 @@ def _step_of(objective: LocalObjective, model: Stateless) -> Any:
         grads, aux = torch.func.grad(loss, has_aux=True)(params)
         return grads, aux
 
-    return torch.func.vmap(one)
+    return cast(Step, torch.func.vmap(one))
+
+
+def _compiled(step: Step, model: Stateless) -> Step:
+    """Return the step through ``torch.compile``; RunError where PyTorch cannot."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile
+
+    fast = torch.compile(step, dynamic=False)
+
+    def run(params: Stack, buffers: Stack, x: Tensor, y: Tensor, extras: State) -> Any:
+        model.module.train()  # else it would be compiled once more after an evaluation
+        try:
+            return fast(params, buffers, x, y, extras)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise RunError(
+                f"execution.compile: PyTorch cannot compile this step ({reason}); leave the key out"
+            ) from error
+
+    return run
 
 
 def _stacked(models: Sequence[Tensors], own: bool = False) -> Stack:
