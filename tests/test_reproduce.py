@@ -119,6 +119,16 @@ def test_a_table_has_the_papers_numbers(id: str, text: str) -> None:
     assert in_the_data(id) == grid(id, text)
 
 
+def test_the_later_run_of_fedgen_is_with_the_released_code() -> None:
+    table = load_table("fedgen/rerun")
+    assert in_the_data("fedgen/rerun") == {
+        ("MNIST, alpha 0.1", "FedAvg"): (90.71, 1.17),
+        ("MNIST, alpha 0.1", "FedGen, released code"): (95.68, 0.20),
+    }
+    configs = configs_of(study_of(table.paper, [table], "paper", 1))
+    assert [one.fedgen.mode for one in configs.values() if one.method == "fedgen"] == ["code"]
+
+
 def test_rounds_to_target_are_the_papers() -> None:
     def numbers(text: str) -> dict[str, list[float]]:
         rows = (row.strip().partition(" ") for row in text.replace("\n", " ").split(";"))
