@@ -278,11 +278,15 @@ def _final(place: Place) -> Iterator[str]:
         caption = place.spread("Bar: mean over seeds; whisker: one standard deviation; points: the seeds.")
         yield place.add("final", bars.bars(rows), "Accuracy after the last round", caption)
     named, base = _against(place.block)
-    for quantity, name, title in (
-        ("final", "differences", "Paired differences after the last round"),
-        ("mean", "differences-mean", "Paired differences in the mean of all rounds"),
-        ("equal_seconds", "differences-equal-seconds", "Beside its base at the same seconds"),
-    ):
+    for quantity, name, title, what in (
+        ("final", "differences", "Paired differences after the last round", ""),
+        ("mean", "differences-mean", "Paired differences in the mean of all rounds", ""),
+        (
+            "equal_seconds", "differences-equal-seconds", "Beside its base at the same seconds",
+            "Accuracy after a round less that of the base when it had spent as long: mean over the rounds that end "
+            "within the base's seconds. ",
+        ),
+    ):  # fmt: skip
         pairs = [
             (named(one), place.colour(one), one.differences[quantity])
             for one in place.shown
@@ -290,7 +294,7 @@ def _final(place: Place) -> Iterator[str]:
         ]
         if pairs:
             interval = any(difference.low is not None for _, _, difference in pairs)
-            caption = "Dot: mean of the differences on the same seeds" + (
+            caption = f"{what}Dot: mean of the differences on the same seeds" + (
                 "; bar: its 95 % interval by Student's\u00a0t." if interval else ". One seed: no interval."
             )
             yield place.add(name, bars.forest(pairs, f"points above {base}"), title, caption)
