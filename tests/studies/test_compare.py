@@ -152,6 +152,15 @@ def test_at_equal_cost_needs_a_base_that_was_measured_by_then(tmp_path: Path) ->
     assert found["equal_megabytes"].mean == pytest.approx(0.4)
 
 
+def test_at_equal_cost_of_nothing_there_is_no_difference(tmp_path: Path) -> None:
+    for name in ("base", "more"):
+        write_run(tmp_path / name, [line(at, 0.1 * at, bytes={"down": {}, "up": {}}) for at in (1, 2)])
+    cells = [cell("base", 0, "base"), cell("more", 0, "more", base="base")]
+    found = compare(write_index(tmp_path, cells)).tables[0].summaries[1].differences
+    assert "equal_megabytes" not in found
+    assert found["equal_seconds"].mean == 0
+
+
 def test_curve(study: Path) -> None:
     base, more = compare(study).tables[0].summaries
     assert [band.round for band in base.curve] == [1, 2, 3, 4]

@@ -105,9 +105,11 @@ def gain_at_equal_cost(run: RunData, base: RunData, on: On, cost: Cost) -> float
 
     The other's accuracy at that cost lies on the line between the evaluated rounds around it. Rounds of ``run`` that
     end before the other was first measured, or after its end, have nothing beside them and are left out; None where
-    all do.
+    all do, or where the other spends nothing.
     """
     spent, found = _over(base, on, cost)
+    if not spent[-1]:
+        return None
     gains = []
     for at, accuracy in zip(*_over(run, on, cost), strict=True):
         after = bisect_left(spent, at)
