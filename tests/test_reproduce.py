@@ -129,6 +129,12 @@ def test_the_later_run_of_fedgen_is_with_the_released_code() -> None:
     assert [one.fedgen.mode for one in configs.values() if one.method == "fedgen"] == ["code"]
 
 
+def test_a_deviation_says_what_it_is_over() -> None:
+    for id, over in (("fedgen/table4", "these rounds of all seeds"), ("fedftg/table1", "seeds")):
+        (line,) = (one for one in Sheet.of(load_table(id), {}, "paper", 3, lambda _: None).head if "±" in one)
+        assert f"± is the standard deviation over {over}, " in line
+
+
 def test_rounds_to_target_are_the_papers() -> None:
     def numbers(text: str) -> dict[str, list[float]]:
         rows = (row.strip().partition(" ") for row in text.replace("\n", " ").split(";"))

@@ -152,7 +152,9 @@ class Sheet:
         metrics = dict.fromkeys(cell.metric.words(self.scale) for cell in self.table.cells)
         listed = list(metrics) if len(metrics) < WIDEST else [next(iter(metrics)), "...", list(metrics)[-1]]
         said = "; ".join(listed)
-        deviation = "± is the standard deviation over seeds, a number of seeds in brackets what is there so far."
+        pooled = all(cell.metric.kind == "top5" for cell in self.table.cells)
+        over = "these rounds of all seeds" if pooled else "seeds"
+        deviation = f"± is the standard deviation over {over}, a number of seeds in brackets what is there so far."
         return [
             f"{paper.name}, {self.table.title}",
             paper.reference,
