@@ -133,6 +133,15 @@ def test_a_compiled_step_of_every_objective_agrees_with_serial(method: str, trac
     agree(serial, batched)
 
 
+def test_every_workers_step_is_compiled(traced_alone: list[int]) -> None:
+    """PyTorch gives up after eight forms of one function, and each worker's model is a form."""
+    keys = ["data.clients=10", *SKEWED, "data.min_size=7"]
+    _, serial, _ = trained(small(*keys))
+    _, batched, _ = trained(small(*keys, *COMPILED, "execution.workers=10"))
+    assert len(traced_alone) == 10
+    agree(serial, batched)
+
+
 @NEEDS_A_COMPILER
 def test_a_step_that_the_compiler_made_agrees_with_serial() -> None:
     keys = ["method=scaffold", "local.epochs=2", *SKEWED, "data.min_size=7"]

@@ -345,7 +345,12 @@ def _compiled(step: Step, model: Stateless) -> Step:
     """Return the step through ``torch.compile``; RunError where PyTorch cannot."""
     from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile
 
-    fast = torch.compile(step, dynamic=False)
+    def own(params: Stack, buffers: Stack, x: Tensor, y: Tensor, extras: State) -> Any:
+        return step(params, buffers, x, y, extras)
+
+    # What was compiled is kept, and limited, for each code object; without one of its own, many workers' share one.
+    own.__code__ = own.__code__.replace()
+    fast = torch.compile(own, dynamic=False)
 
     def run(params: Stack, buffers: Stack, x: Tensor, y: Tensor, extras: State) -> Any:
         model.module.train()  # else it would be compiled once more after an evaluation
