@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fedstill import build, run
+from fedstill.adam import Adam
 from fedstill.client import ClientWork
+from fedstill.data.dataset import Samples
 from fedstill.errors import InputError
+from fedstill.evaluation import Parts, evaluate
 from fedstill.execution.executors import SerialExecutor, ThreadExecutor
 from fedstill.federation import Federation
 from fedstill.methods.base import LocalObjective
+from fedstill.methods.fedmd import FedMDSettings, Learner, Lesson
 from fedstill.models import Stateless, build_model, split_state
-from fedstill.training import SGD, channels_innermost, train_locally
-from fedstill.weights import Weights, finite
+from fedstill.models.fedmd import fedmd_cnn
+from fedstill.models.layers import Dropout
+from fedstill.models.randomness import layers_draw_from
+from fedstill.training import SGD, channels_innermost, layout_of, train_locally
+from fedstill.weights import State, Weights, finite
 from small import small
 
 
@@ -45,6 +53,62 @@ def test_the_layout_moves_nothing_but_the_last_bits(name: str, keys: dict[str, A
         found = {**other.params, **other.buffers}[name]
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
         assert found.stride() == torch.empty(value.shape).stride(), "what leaves a client has the usual layout"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fedmd_participant_learns_the_same_in_both_layouts(channels: int) -> None:
+    stream = torch.Generator().manual_seed(5)
+    module = fedmd_cnn((channels, 12, 12), 5, widths=(3, 4, 6), dropout=0.3).double()
+    model, start = Stateless(module, "head"), Weights(*split_state(module))
+    x = torch.randn(9, channels, 12, 12, dtype=torch.float64, generator=stream)
+    lesson = Lesson("revisit", x, torch.arange(9) % 5, F.cross_entropy, 4, 1)
+    states, logits = list[State](), list[torch.Tensor]()
+    for channels_last in (False, True):
+        weights = start.map(layout_of(channels_last))
+        digest, private = Adam.start(weights.params), Adam.start(weights.params)
+        learner = Learner(model, weights, FedMDSettings(), digest, private, channels_last)
+        with layers_draw_from(module, torch.device("cpu"), 8):
+            for batch in ([0, 3, 5, 8], [1, 2, 4, 6], [7, 8]):
+                learner.step(lesson, torch.tensor(batch), private)
+        states.append(learner.state())
+        logits.append(learner.logits(x))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-9, atol=1e-9)
+    for group, tensors in states[0].items():
+        for name, value in tensors.items():
+            found = states[1][group][name]
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+            assert found.is_contiguous(), "what a participant keeps has the usual layout"
+
+
+@pytest.mark.parametrize(("name", "channels"), [("cnn", 1), ("cnn", 3), ("mlp", 1)])
+def test_the_layout_does_not_change_what_is_measured(name: str, channels: int) -> None:
+    stream = torch.Generator().manual_seed(3)
+    module = build_model(name, input_shape=(channels, 16, 16), num_classes=10, generator=stream).double()
+    model, weights = Stateless(module), Weights(*split_state(module))
+    x = torch.randn(40, channels, 16, 16, dtype=torch.float64, generator=stream)
+    with torch.no_grad():
+        y = module.eval()(x).argmax(-1)
+    y[:13] = (y[:13] + 1) % 10
+    samples = Samples(x, y)
+    usual, other = (evaluate(model, weights, samples, 10, 16, channels_last=last) for last in (False, True))
+    assert usual.accuracy == other.accuracy == 27 / 40
+    assert torch.equal(usual.right, other.right)
+    assert other.loss == pytest.approx(usual.loss, rel=1e-9)
+    clients = Parts(samples, [np.arange(0, 13), np.arange(13, 40)])
+    for last in (False, True):
+        right, seen = clients.right(model, weights, 16, channels_last=last)
+        assert (right.tolist(), seen.tolist()) == ([0, 27], [13, 27])
+
+
+def test_a_dropout_mask_does_not_depend_on_the_layout() -> None:
+    layer, x = Dropout(0.4), torch.rand(3, 2, 4, 5) + 1
+    kept = []
+    for layout in (torch.clone, channels_innermost):
+        layer.generator = torch.Generator().manual_seed(1)
+        kept.append(layer(layout(x)))
+    assert torch.equal(*kept)
+    assert kept[1].stride(1) == 1, "what follows is computed in the same layout"
+    assert 0 < int((kept[0] == 0).sum()) < x.numel()
 
 
 def test_one_channel_is_innermost_too() -> None:

@@ -366,4 +366,5 @@ def evaluation_of(config: Config, data: Data, own: Parts, device: torch.device) 
         measured = measured.take(torch.from_numpy(chosen).to(device))
     counts = torch.from_numpy(data.partition.counts)
     held = own if "clients" in wanted else None
-    return Evaluation(sets, held, measured, data.num_classes, config.eval.batch_size, counts)
+    channels_last = config.execution.memory_format == "channels_last"
+    return Evaluation(sets, held, measured, data.num_classes, config.eval.batch_size, counts, channels_last)

@@ -16,6 +16,7 @@ from fedstill.data.dataset import IntArray, Samples
 from fedstill.distill.teachers import Teachers, ensemble_accuracy
 from fedstill.distill.weighting import TeacherWeights
 from fedstill.models.stateless import Stateless
+from fedstill.training import predictor
 from fedstill.weights import Weights
 
 Record = dict[str, Any]
@@ -49,12 +50,21 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: Stateless, weights: Weights, samples: Samples, num_classes: int, batch_size: int) -> Score:
-    """Measure a model in eval mode on un-augmented samples."""
+def evaluate(
+    model: Stateless,
+    weights: Weights,
+    samples: Samples,
+    num_classes: int,
+    batch_size: int,
+    *,
+    channels_last: bool = False,
+) -> Score:
+    """Measure a model in eval mode on un-augmented samples, computed with the channels innermost where asked for."""
     right = torch.zeros(num_classes, dtype=torch.int64, device=samples.y.device)
     loss = torch.zeros((), dtype=torch.float64, device=samples.y.device)
+    predict = predictor(model, weights, channels_last)
     for x, y in zip(torch.split(samples.x, batch_size), torch.split(samples.y, batch_size), strict=True):
-        logits = model(weights.params, weights.buffers, x, train=False)
+        logits = predict(x)
         right += torch.bincount(y[logits.argmax(-1) == y], minlength=num_classes)
         loss += F.cross_entropy(logits, y, reduction="sum").double()
     seen = torch.bincount(samples.y, minlength=num_classes)
@@ -95,13 +105,13 @@ class Parts(Sequence[Samples]):
         return rows.to(self.samples.y.device), owners.to(self.samples.y.device)
 
     @torch.no_grad()
-    def right(self, model: Stateless, weights: Weights, batch_size: int) -> tuple[Tensor, Tensor]:
+    def right(
+        self, model: Stateless, weights: Weights, batch_size: int, *, channels_last: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return a model's right answers and the samples, by client; in full batches, whoever's the samples are."""
         rows, owners = self.everyone
-        hits = [
-            model(weights.params, weights.buffers, self.samples.x[at], train=False).argmax(-1) == self.samples.y[at]
-            for at in torch.split(rows, batch_size)
-        ]
+        predict = predictor(model, weights, channels_last)
+        hits = [predict(self.samples.x[at]).argmax(-1) == self.samples.y[at] for at in torch.split(rows, batch_size)]
         right = torch.bincount(owners[torch.cat(hits)], minlength=len(self))
         return right.cpu(), torch.bincount(owners, minlength=len(self)).cpu()
 
@@ -147,6 +157,8 @@ class Evaluation:
     num_classes, batch_size : int
     label_counts : Tensor, (clients, classes)
         n_k^y of each client, for the accuracy on the client's own mix of labels.
+    channels_last : bool
+        How images and the kernels of convolutions lie in memory.
     """
 
     sets: dict[str, Samples]
@@ -155,10 +167,11 @@ class Evaluation:
     num_classes: int
     batch_size: int
     label_counts: Tensor
+    channels_last: bool = False
 
     def score(self, model: Stateless, weights: Weights, samples: Samples) -> Score:
         """Measure one model on some samples."""
-        return evaluate(model, weights, samples, self.num_classes, self.batch_size)
+        return evaluate(model, weights, samples, self.num_classes, self.batch_size, channels_last=self.channels_last)
 
     def shared(self, model: Stateless, weights: Weights) -> Record:
         """Return the scores of a model that all clients share, on every set."""
@@ -169,7 +182,9 @@ class Evaluation:
             if name == "test":
                 record["by_client_label_mix"] = by_label_mix(score, self.label_counts)
         if self.clients is not None:
-            record["clients"] = by_client(*self.clients.right(model, weights, self.batch_size))
+            record["clients"] = by_client(
+                *self.clients.right(model, weights, self.batch_size, channels_last=self.channels_last)
+            )
         return record
 
     def personal(self, models: Iterable[tuple[Stateless, Weights]]) -> Record:

@@ -161,7 +161,7 @@ def train_locally(
         Its weights are contiguous, whatever they were while they were trained.
     """
     names = list(start.params)
-    layout: Layout = channels_innermost if channels_last else torch.clone
+    layout = layout_of(channels_last)
     params = {name: layout(value.detach()).requires_grad_() for name, value in start.params.items()}
     buffers = {name: value.detach().clone() for name, value in start.buffers.items()}
     leaves = [params[name] for name in names]
@@ -192,6 +192,11 @@ def train_locally(
     return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels), sums)
 
 
+def layout_of(channels_last: bool) -> Layout:
+    """Return what copies a tensor into the layout in which it is computed with."""
+    return channels_innermost if channels_last else torch.clone
+
+
 def channels_innermost(value: Tensor) -> Tensor:
     """Return a copy of images or of a convolution's kernel in which the channels are the innermost dimension.
 
@@ -208,6 +213,14 @@ def channels_innermost(value: Tensor) -> Tensor:
 def channels_outermost(value: Tensor) -> Tensor:
     """Return a tensor in the usual layout."""
     return value.clone(memory_format=torch.contiguous_format) if value.dim() == 4 else value
+
+
+def predictor(model: Stateless, weights: Weights, channels_last: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function from a batch to the model's logits in eval mode, computed in a layout."""
+    if not channels_last:
+        return lambda x: model(weights.params, weights.buffers, x, train=False)
+    params = {name: channels_innermost(value) for name, value in weights.params.items()}
+    return lambda x: model(params, weights.buffers, channels_innermost(x), train=False)
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -70,7 +70,7 @@ from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
 from fedstill.rng import torch_stream
 from fedstill.settings import ModedSettings
-from fedstill.training import batches, gradients, step_count
+from fedstill.training import Layout, batches, channels_outermost, gradients, layout_of, predictor, step_count
 from fedstill.weights import State, Tensors, Weights, weighted_sum
 
 if TYPE_CHECKING:
@@ -181,33 +181,40 @@ class Lesson:
 
 @dataclass
 class Learner:
-    """A client's model and the moments of its Adams, changed in place."""
+    """A client's model and the moments of its Adams, changed in place.
+
+    Meanwhile the channels may be innermost in all of them; what is kept has the usual layout.
+    """
 
     model: Stateless
     weights: Weights
     settings: FedMDSettings
     digest: State
     private: State
+    channels_last: bool = False
 
     @staticmethod
     def of(site: Site, settings: FedMDSettings) -> Learner:
         """Return a client's learner as it was after its last round, or before its first."""
-        weights = own_model(site.state, site.initial).clone()
-        moments = [
-            _moments(name, site.state) if site.state else Adam.start(weights.params) for name in ("digest", "private")
-        ]
-        return Learner(site.model, weights, settings, *moments)
+        layout = layout_of(site.channels_last)
+        weights = own_model(site.state, site.initial).map(layout)
+        digest, private = (
+            _moments(name, site.state, layout) if site.state else Adam.start(weights.params)
+            for name in ("digest", "private")
+        )
+        return Learner(site.model, weights, settings, digest, private, site.channels_last)
 
     def state(self) -> State:
         """Return what the client keeps."""
         adams = {"digest": self.digest, "private": self.private}
         moments = {f"{name}-{group}": own for name, adam in adams.items() for group, own in adam.items()}
-        return {"params": self.weights.params, "buffers": self.weights.buffers, **moments}
+        kept = {"params": self.weights.params, "buffers": self.weights.buffers, **moments}
+        return {group: {name: channels_outermost(value) for name, value in own.items()} for group, own in kept.items()}
 
     def take(self, found: Pretrained) -> None:
         """Go on from a stored model as if it had just been learnt."""
         device = next(iter(self.weights.params.values())).device
-        self.weights = found.weights.to(device)
+        self.weights = found.weights.to(device).map(layout_of(self.channels_last))
         if (stream := own_stream(self.model.module)) is not None and found.layers is not None:
             stream.set_state(found.layers)
 
@@ -231,7 +238,8 @@ class Learner:
     def step(self, lesson: Lesson, batch: Tensor, moments: State) -> Tensor:
         """Take one step of Adam and return the loss before it."""
         params = {name: value.detach().requires_grad_() for name, value in self.weights.params.items()}
-        logits = self.model(params, self.weights.buffers, lesson.x[batch], train=True)
+        inputs = layout_of(self.channels_last)(lesson.x.index_select(0, batch))
+        logits = self.model(params, self.weights.buffers, inputs, train=True)
         loss = lesson.loss(logits, lesson.target[batch])
         if self.settings.head_decay:
             loss = loss + self.settings.head_decay * head_weight(self.model, params).square().sum()
@@ -242,11 +250,8 @@ class Learner:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Return the model's logits in eval mode, (samples, M)."""
-        parts = [
-            self.model(self.weights.params, self.weights.buffers, part, train=False)
-            for part in torch.split(x, PREDICTION_BATCH)
-        ]
-        return torch.cat(parts)
+        predict = predictor(self.model, self.weights, self.channels_last)
+        return torch.cat([predict(part) for part in torch.split(x, PREDICTION_BATCH)])
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,9 @@ class FedMDObjective(LocalObjective):
         except ValueError as error:
             notes.append(f"{error}; its phase on the public set is done again")
         steps, stream = learn(), own_stream(site.model.module)
-        cache.store(key, Pretrained(learner.weights, steps, stream.get_state() if stream else None))
+        cache.store(
+            key, Pretrained(learner.weights.map(channels_outermost), steps, stream.get_state() if stream else None)
+        )
         return steps
 
     def told_by(self, site: Site, lesson: Lesson) -> dict[str, object]:
@@ -404,10 +411,10 @@ def own_model(state: State, initial: Weights) -> Weights:
     return Weights(state["params"], state.get("buffers", {})) if state else initial
 
 
-def _moments(name: str, state: State) -> State:
+def _moments(name: str, state: State, layout: Layout) -> State:
     """Return a copy of one Adam's state out of a client's."""
     groups = Adam.start({})
-    return {group: {key: value.clone() for key, value in state[f"{name}-{group}"].items()} for group in groups}
+    return {group: {key: layout(value) for key, value in state[f"{name}-{group}"].items()} for group in groups}
 
 
 def head_weight(model: Stateless, params: Tensors) -> Tensor:

@@ -41,9 +41,8 @@ class SameAveragePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        # PyTorch pads all four sides alike; the first row and column are the windows at the top and left.
-        padded = F.avg_pool2d(x, 2, stride=1, padding=1, count_include_pad=False)
-        return padded[..., 1:, 1:]
+        # Of a row or column that is repeated beyond the border, the mean is that of what lies inside.
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
 
 
 def fedmd_cnn(input_shape: tuple[int, ...], num_classes: int, *, widths: tuple[int, ...], dropout: float) -> Backbone:

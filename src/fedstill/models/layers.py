@@ -109,7 +109,9 @@ class Dropout(nn.Module):
             return x
         # Always float32, so that the mask depends on the stream alone and not on the dtype of the model.
         draws = torch.rand(x.shape, generator=self.generator, device=x.device, dtype=torch.float32)
-        return x * (draws >= self.p).to(x.dtype).div_(1 - self.p)
+        # In the memory order of x, in which the product is several times faster.
+        kept = torch.empty_like(x, dtype=torch.bool).copy_(draws >= self.p)
+        return x * kept.to(x.dtype).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         """Return the probability, for ``print``."""

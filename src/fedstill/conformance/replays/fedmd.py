@@ -120,8 +120,8 @@ def as_in(case: Case, subject: Subject) -> tuple[fedmd.FedMDObjective, fedmd.Fed
 def begun(case: Case, net: Party, number: int, settings: fedmd.FedMDSettings) -> State:
     """Return a participant's state after the transfer learning, with fresh Adams, where the case begins."""
     weights = net.weights(case.tensor(f"in/w0_{number}"))
-    fresh = [Adam.start(weights.params) for _ in range(2)]
-    return fedmd.Learner(net.model, weights, settings, *fresh).state()
+    digest, private = (Adam.start(weights.params) for _ in range(2))
+    return fedmd.Learner(net.model, weights, settings, digest, private).state()
 
 
 @replays("fedmd", "fedmd_rounds")
