@@ -111,17 +111,17 @@ def _equal(rows: Rows, name: str) -> Difference | None:
 def finals(found: dict[str, Rows]) -> Iterator[str]:
     """Yield a table for each setting, as Table 3 of the paper: bases against what is added to them."""
     for setting, own in found.items():
-        rows = [
-            [
-                base,
-                *(
-                    per_cent(own[base + added].quantities["final"]) if base + added in own else ""
-                    for added in ("", *ADDED.values())
-                ),
-            ]
-            for base in BASES
-        ]
-        yield f"### {setting}\n\n" + table(["", "plain", *ADDED], rows)
+        columns = {
+            name: added
+            for name, added in {"plain": "", **ADDED}.items()
+            if any(base + added in own for base in BASES)
+        }  # fmt: skip
+        rows = [[base, *(_final(own.get(base + added)) for added in columns.values())] for base in BASES if base in own]
+        yield f"### {setting}\n\n" + table(["", *columns], rows)
+
+
+def _final(one: Summary | None) -> str:
+    return per_cent(one.quantities["final"]) if one else ""
 
 
 def ablations(rows: Rows) -> str:
