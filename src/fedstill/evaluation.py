@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedstill.data.dataset import IntArray, Samples
-from fedstill.distill.teachers import Teachers, ensemble_accuracy
+from fedstill.distill.teachers import Teachers, ensemble_accuracies
 from fedstill.distill.weighting import TeacherWeights
 from fedstill.models.stateless import Stateless
 from fedstill.training import predictor
@@ -220,8 +220,10 @@ class Evaluation:
         if samples is None:
             return {}
         kinds: dict[str, TeacherWeights] = {"uniform": "uniform", "logits": "logits", "class_weighted": "class"}
-        x, y = samples.x, samples.y
-        return {name: ensemble_accuracy(teachers, x, y, kind, self.batch_size) for name, kind in kinds.items()}
+        found = ensemble_accuracies(
+            teachers, samples.x, samples.y, [*kinds.values()], self.batch_size, channels_last=self.channels_last
+        )
+        return dict(zip(kinds, found, strict=True))
 
 
 def by_client(right: Tensor, seen: Tensor) -> Record:

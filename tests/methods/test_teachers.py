@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedstill.distill.teachers import ModuleTeachers, StackedTeachers, ensemble_accuracy
+from fedstill.distill.teachers import ModuleTeachers, StackedTeachers, ensemble_accuracies
 from fedstill.models import Stateless, split_state
 from fedstill.weights import Weights
 
@@ -30,18 +30,19 @@ def test_ensembles_by_hand() -> None:
     teachers = ModuleTeachers([Says(0.8, 0.15, 0.05), Says(0.3, 0.5, 0.2)], torch.tensor([[0, 5, 0], [5, 0, 0]]))
     x = torch.zeros(4, 1)
     y = torch.tensor([0, 0, 1, 2])
-    assert ensemble_accuracy(teachers, x, y, "uniform") == pytest.approx(0.5)
-    assert ensemble_accuracy(teachers, x, y, "class") == pytest.approx(0.5)
+    assert ensemble_accuracies(teachers, x, y, ["uniform", "class"]) == pytest.approx([0.5, 0.5])
     other = ModuleTeachers([Says(0.8, 0.15, 0.05), Says(0.3, 0.5, 0.2)], torch.tensor([[1, 0, 0], [9, 5, 0]]))
     # q_0 = 0.1 * 0.8 + 0.9 * 0.3 = 0.35, q_1 = 0.5: class 1, which uniform weights do not say.
-    assert ensemble_accuracy(other, x, y, "class") == pytest.approx(0.25)
-    assert ensemble_accuracy(other, x, y, "uniform", batch_size=3) == pytest.approx(0.5)
+    assert ensemble_accuracies(other, x, y, ["class", "uniform"], batch_size=3) == pytest.approx([0.25, 0.5])
+    # Probabilities average to (0.534, 0.466), logits to those of 0.001 * 0.8 ** 2 against 0.999 * 0.2 ** 2.
+    sure = ModuleTeachers([Says(0.001, 0.999), Says(0.8, 0.2), Says(0.8, 0.2)], torch.ones(3, 2).long())
+    assert ensemble_accuracies(sure, x, y, ["uniform", "logits"], batch_size=3) == pytest.approx([0.5, 0.25])
 
 
 def test_a_label_weighted_ensemble_is_refused() -> None:
     teachers = ModuleTeachers([Says(0.5, 0.5)], torch.ones(1, 2).long())
     with pytest.raises(ValueError, match="labels it predicts"):
-        ensemble_accuracy(teachers, torch.zeros(1, 1), torch.zeros(1), "label")
+        ensemble_accuracies(teachers, torch.zeros(1, 1), torch.zeros(1), ["label"])
 
 
 def test_distance_from_batchnorm_statistics_by_hand() -> None:

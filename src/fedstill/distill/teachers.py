@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture
 from fedstill.models.anatomy import batch_norms
 from fedstill.models.stateless import Stateless
+from fedstill.training import channels_innermost
 from fedstill.weights import Tensors, Weights
 
 
@@ -233,18 +234,27 @@ def teacher_accuracies(teachers: Teachers, x: Tensor, y: Tensor, batch_size: int
     return [count / len(y) for count in right.tolist()]
 
 
-def ensemble_accuracy(teachers: Teachers, x: Tensor, y: Tensor, kind: TeacherWeights, batch_size: int = 500) -> float:
-    """Return the test accuracy of the teachers' mixture: the ceiling of any refinement.
+def ensemble_accuracies(
+    teachers: Teachers,
+    x: Tensor,
+    y: Tensor,
+    kinds: Sequence[TeacherWeights],
+    batch_size: int = 500,
+    *,
+    channels_last: bool = False,
+) -> list[float]:
+    """Return the test accuracy of each of the teachers' mixtures: the ceilings of any refinement.
 
-    ``uniform`` averages probabilities; ``class`` weighs each output by the teacher's share of that class.
-    ``label`` would need the very label that is to be predicted and is refused.
+    ``uniform`` averages probabilities, ``logits`` averages logits; ``class`` weighs each output by the teacher's
+    share of that class. ``label`` would need the very label that is to be predicted and is refused.
     """
-    if kind == "label":
+    if "label" in kinds:
         raise ValueError("a label-weighted ensemble needs the labels it predicts")
     shares = class_shares(teachers.counts).to(x.device)
-    right = 0
+    right = torch.zeros(len(kinds), dtype=torch.int64, device=y.device)
     with torch.no_grad():
         for inputs, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size)):
-            q = mixture(teachers.logits(inputs), shares, labels, kind)
-            right += int((q.argmax(-1) == labels).sum())
-    return right / len(y)
+            logits = teachers.logits(channels_innermost(inputs) if channels_last else inputs)
+            for place, kind in enumerate(kinds):
+                right[place] += (mixture(logits, shares, labels, kind).argmax(-1) == labels).sum()
+    return [count / len(y) for count in right.tolist()]
