@@ -13,12 +13,14 @@ from fedstill.data import load_raw
 from fedstill.distill.inputs import initial_generator, kept_generator
 from fedstill.errors import InputError
 from fedstill.report import samples
-from fedstill.report.html import write_report
+from fedstill.report.html import sections, write_report
+from fedstill.report.html.content import gathered
 from fedstill.report.html.grids import tiled
-from fedstill.report.samples import class_samples, has_generator
+from fedstill.report.samples import ClassSamples, class_samples, has_generator
 from fedstill.rng import torch_stream
 from fedstill.runs.checkpoint import newest_state
 from fedstill.studies.results import RunData, read_run
+from invented import METHODS, write_study
 from small import small
 
 KEYS = ["method=fedavg+fedftg", "train.rounds=1", "data.train_samples=100"]
@@ -106,3 +108,27 @@ def test_a_grid_has_classes_downwards_and_gaps_that_show_nothing() -> None:
     colour = tiled(np.repeat(grey, 3, axis=-1))
     assert colour.shape == (4, 6, 4)
     assert colour[0, :, 3].tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_every_table_has_its_turn_before_a_second_of_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = write_study(tmp_path / "study", METHODS, seeds=[0], rounds=2, betas=[0.1, 0.3])
+    content = gathered([study], title=None, on="test", baseline=None, anyway=False)
+    asked: list[tuple[float | None, str, int, int]] = []
+
+    def made(run: RunData, classes: int, each: int, real: int) -> ClassSamples:
+        asked.append((run.config.data.beta, run.config.method, each, real))
+        images = np.zeros((classes, each, 8, 8, 1), np.float32)
+        return ClassSamples(images, images[:, :real] if real else None, tuple(range(classes)), ("?",) * classes, 2)
+
+    monkeypatch.setattr(sections, "class_samples", made)
+    # Ten classes of 8 x 8 are 640 values: three images and a real one of two methods, then three of another.
+    monkeypatch.setattr(sections, "SAMPLE_VALUES", (4 + 4 + 3) * 640 + 100)
+    found, left_out = sections._that_fit(content)
+    assert asked == [(0.1, "fedavg+fedftg", 3, 1), (0.3, "fedavg+fedftg", 3, 1), (0.1, "scaffold+fedftg", 3, 0)]
+    assert len(found) == 3
+    assert left_out == 1
+    asked.clear()
+    monkeypatch.setattr(sections, "SAMPLE_VALUES", 640 * (2 * (8 + 4) + 2 * 8))
+    found, left_out = sections._that_fit(content)
+    assert [(each, real) for *_, each, real in asked] == [(8, 4), (8, 4), (8, 0), (8, 0)]
+    assert (len(found), left_out) == (4, 0)

@@ -48,12 +48,45 @@ def test_a_shape_that_is_used_once_stands_where_it_is_used() -> None:
     shape = '<defs><path id="a" d="M0 0l1 1z"/></defs>'
     once = f'<svg >{shape}<g clip-path="url(#c)"><use xlink:href="#a" x="0" y="9" style="fill:red"/></g></svg>'
     html, _ = smaller(once)
-    assert html == (
-        '<svg ><g clip-path="url(#i1)"><path d="M0 0l1 1z" transform="translate(0 9)" style="fill:red"/></g></svg>'
-    )
+    assert html == '<svg ><path d="M0 9l1 1z" style="fill:red" clip-path="url(#i1)"/></svg>'
+    curve = smaller(once.replace("l1 1z", "C1 1 2 2 3 3"))[0]
+    assert 'd="M0 0C1 1 2 2 3 3" transform="translate(0 9)"' in curve, "what is no steps is moved as a whole"
     twice = smaller(once.replace("</svg>", '<use xlink:href="#a" x="1" y="1"/></svg>'))[0]
     assert twice.count("<use") == 2
     assert twice.count("<defs>") == 1
+
+
+def test_a_grid_is_one_path_with_its_labels_after_it() -> None:
+    grid = "".join(f'<path d="M0 {y}l9 0" style="{LINE}"/><text x="0">{y}</text>' for y in (1, 2.5, 4))
+    other = '<path d="M0 1l9 0" style="stroke:red"/><path d="M0 2l9 0l1 1" style="stroke:red"/>'
+    html, css = smaller(f"<svg >{grid}{other}</svg>")
+    assert '<path d="M0 1l9 0M0 2.5l9 0M0 4l9 0" class="s0"/>' in html
+    assert re.findall(r"<text[^>]*>([^<]*)", html) == ["1", "2.5", "4"]
+    assert html.count("<path") == 3, "another class, and lines with a bend, are others"
+    assert f".s0{{{LINE}}}" in css
+
+
+def test_marks_of_one_class_are_a_group_but_not_where_they_are_blended() -> None:
+    shape = '<defs><path id="a" d="M0 0l1 1z"/></defs>'
+
+    def marks(style: str) -> str:
+        return "".join(f'<use xlink:href="#a" x="{x}" y="1" style="{style}"/>' for x in (1, 2))
+
+    html, _ = smaller(f"<svg >{shape}{marks('fill:red')}{marks('opacity:0.5')}</svg>".replace("xlink:", ""))
+    drawing = ElementTree.fromstring(html)
+    group = drawing.find("g")
+    assert group is not None
+    assert [use.get("x") for use in group] == ["1", "2"]
+    assert [use.get("class") for use in group] == [None, None]
+    assert len([use for use in drawing if use.tag == "use"]) == 2
+
+
+def test_what_is_neither_filled_nor_drawn_is_left_out() -> None:
+    html, _ = smaller(
+        '<svg ><path d="M0 0l1 1" style="fill:none"/><path d="M0 0l1 1" style="fill:none;stroke:red"/></svg>'
+    )
+    assert html.count("<path") == 1
+    assert "stroke:red" in html
 
 
 def test_a_style_that_stands_once_stays() -> None:

@@ -70,7 +70,7 @@ def class_samples(run: RunData, classes: int, made: int, real: int) -> ClassSamp
     classes : int
         At most so many; of more, evenly spaced ones.
     made, real : int
-        Images of each class.
+        Images of each class; with ``real`` 0 there are no real ones, and none are missing.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def class_samples(run: RunData, classes: int, made: int, real: int) -> ClassSamp
     first = outputs - len(names)  # public classes with outputs of their own stand before
     x = _made(run, weights, (*(channels or [1]), height, width), [first + label for label in shown], made)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    found, missing = _real(run, shown, real)
+    found, missing = _real(run, shown, real) if real else (None, "")
     return ClassSamples(
         _by_class(x * std + mean, len(shown)),
         found,

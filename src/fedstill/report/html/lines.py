@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -175,16 +176,17 @@ def frontier(shown: Sequence[Line], x: Axis, y: Axis) -> Figure:
 
 def _panels(shown: Sequence[Line], x: Axis, y: Axis, wide: bool) -> Figure:
     """Draw a panel for each line: over the grey range of all, beside its base."""
+    marks = [_mark(line.x) for line in shown]
     shown = [line.thinned(SMALL) for line in shown]
     titles = [f"{_number(line.means[-1], y)}  {wrapped(line.label, 22)}" for line in shown]
     panels = _Panels.of(titles, columns=4 if wide else 2, wide=wide, each=1.05, around=0.35)
-    for line, axes in zip(shown, panels.axes, strict=True):
+    for line, mark, axes in zip(shown, marks, panels.axes, strict=True):
         if axes is panels.axes[0]:
             _ranges(axes, shown, x, Axis("", y.per_cent, y.whole, y.begins_at_zero))
         axes.fill_between(*_envelope(shown), color=GRID, alpha=0.6, linewidth=0, zorder=1)
         for base in (other for other in shown if other.label == line.base):
             axes.plot(base.x, base.means, color=FAINT, linewidth=0.9, linestyle=(0, (3, 1.5)), zorder=2)
-        _draw(axes, line, SERIES[0], "o")
+        _draw(axes, line, SERIES[0], mark)
     return panels.finished(x.label, y.label)
 
 
@@ -260,7 +262,7 @@ def gains(shown: Mapping[str, tuple[str, Gain]], palette: Palette, label: str, *
     panels = _Panels.of(titles, columns=columns, wide=wide, each=1.35 if columns > 1 else 1.85, around=0.4)
     for (key, one), axes in zip(shown.values(), panels.axes, strict=True):
         axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
-        _draw(axes, _line_of(key, one.given, len(shown)), palette[key], "o")
+        _draw(axes, _line_of(key, one.given, len(shown)), palette[key], _mark(list(one.given)))
         if one.room:
             room = _line_of(key, one.room, len(shown))
             axes.plot(room.x, room.means, color=FAINT, linestyle=(0, (3, 1.5)), linewidth=1, zorder=2)
@@ -350,6 +352,11 @@ def _draw(axes: Axes, line: Line, colour: str, marker: str) -> None:
         axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0, zorder=2)
     style: dict[str, Any] = {"marker": marker, "markersize": 2.6} if len(line.x) <= MARKED else {}
     axes.plot(line.x, line.means, color=colour, linewidth=1.3, clip_on=False, zorder=3, **style)
+
+
+def _mark(x: Sequence[float]) -> str:
+    """Return what marks the points of a line that has its panel for itself: nothing where every round has one."""
+    return "" if len(x) > 1 and all(after - before == 1 for before, after in pairwise(x)) else "o"
 
 
 def _number(value: float, y: Axis) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 
 from matplotlib.figure import Figure
 
@@ -17,14 +18,14 @@ from fedstill.report.html.content import Block, Content, Gain, Points
 from fedstill.report.html.lines import DRAWN, Axis, Line, by_client, frontier, gains, lines
 from fedstill.report.html.page import Figures, Section, facts, table
 from fedstill.report.html.style import COLUMN, Palette
-from fedstill.report.samples import ClassSamples, Images, class_samples, has_generator
+from fedstill.report.samples import ClassSamples, class_samples, has_generator
 from fedstill.studies.compare import Summary
 from fedstill.studies.costs import On
 from fedstill.studies.results import RunData
 from fedstill.studies.tables import LONGEST_BASE, per_cent
 
 SAMPLE_CLASSES = 10
-SAMPLE_VALUES = 300_000
+SAMPLE_VALUES = 250_000
 """Pixels times channels of all generators' samples together: what the page has room for."""
 OWN_MODELS = 20
 """Clients whose own models are shown one by one."""
@@ -396,46 +397,68 @@ def _losses(place: Place) -> Iterator[str]:
 
 
 def _samples(content: Content, figures: Figures) -> str:
-    groups = [
-        (block, one, run)
-        for block in content.blocks
-        for one in block.shown
-        if (run := next(filter(has_generator, one.group.whole.values()), None)) is not None
-    ]
+    found, left_out = _that_fit(content)
+    if not found:
+        return ""
     shown: list[str] = []
     missing: dict[str, None] = {}
-    left = float(SAMPLE_VALUES)
-    beside: dict[str, Images | None] = {}
-    for at, (block, summary, run) in enumerate(groups):
-        found = _that_fit(run, left / (len(groups) - at))
-        if found is None:
-            continue
-        if beside.get(block.name) is not None:  # the same real samples stand beside the table's first generator
-            found = replace(found, real=None)
-        left -= found.made.size + (0 if found.real is None else found.real.size)
-        beside.setdefault(block.name, found.real)
-        if found.missing:
-            missing[f"Real samples are left out: {found.missing}."] = None
-        model = f", model {found.model}" if found.model else ""
-        where = f"{block.title}. " if block.title else ""
-        caption = f"{where}Seed {run.config.seed.train}, round {found.round}{model}."
-        figure = grids.samples(found)
-        shown.append(figures.add(f"samples-{len(shown) + 1}", figure, summary.label, caption, of=block.title))
-    if not shown:
-        return ""
+    for block in content.blocks:
+        for one in block.shown:
+            if (own := found.get((block.name, one.label))) is None:
+                continue
+            run, samples = own
+            if samples.missing:
+                missing[f"Real samples are left out: {samples.missing}."] = None
+            model = f", model {samples.model}" if samples.model else ""
+            where = f"{block.title}. " if block.title else ""
+            caption = f"{where}Seed {run.config.seed.train}, round {samples.round}{model}."
+            figure = grids.samples(samples)
+            shown.append(figures.add(f"samples-{len(shown) + 1}", figure, one.label, caption, of=block.title))
     first = (
         "The generator's samples by class, as the student saw them, in the data's own scale. "
         "Only a simulation can show real samples beside them, here beside a table's first: no server has these."
     )
-    return _notes([first, *missing]) + f'<div class="figures">{"".join(shown)}</div>'
+    rest = [f"There is no room for those of {left_out} more methods."] if left_out else []
+    return _notes([first, *missing, *rest]) + f'<div class="figures">{"".join(shown)}</div>'
 
 
-def _that_fit(run: RunData, room: float) -> ClassSamples | None:
-    """Return samples of a run's generator, as many of each class as there is room for."""
+def _that_fit(content: Content) -> tuple[dict[tuple[str, str], tuple[RunData, ClassSamples]], int]:
+    """Return by table and method the samples for which there is room, and how many others have a generator.
+
+    One of each table has its turn, with real samples beside it, then a second of each, and so on.
+    """
+    by_table = [
+        [
+            (block.name, one.label, run)
+            for one in block.shown
+            if (run := next(filter(has_generator, one.group.whole.values()), None)) is not None
+        ]
+        for block in content.blocks
+    ]
+    turns = [one for turn in zip_longest(*by_table) for one in turn if one is not None]
+    size = {(name, label): _values_of_each_class(run) for name, label, run in turns}
+    real = {(own[0][0], own[0][1]): 0.5 for own in by_table if own}
+    made = next(
+        (made for made in MADE if sum(made * (1 + real.get(key, 0)) * size[key] for key in size) <= SAMPLE_VALUES),
+        MADE[-1],
+    )
+    found: dict[tuple[str, str], tuple[RunData, ClassSamples]] = {}
+    left, with_real, left_out = SAMPLE_VALUES, set[str](), 0
+    for name, label, run in turns:
+        beside = 0 if name in with_real else made // 2
+        if (cost := (made + beside) * size[name, label]) > left:
+            left_out += 1
+        elif (samples := class_samples(run, SAMPLE_CLASSES, made, beside)) is not None:
+            found[name, label] = run, samples
+            left -= cost
+            with_real.add(name)
+    return found, left_out
+
+
+def _values_of_each_class(run: RunData) -> int:
+    """Return the pixels times channels of one image of every class that is shown."""
     source, data = source_of(run.config.data.name), run.config.data
-    values = min(len(data.classes or source.class_names), SAMPLE_CLASSES) * math.prod(source.shape)
-    made = next((made for made in MADE if values * (made + made // 2) <= room), None)
-    return class_samples(run, SAMPLE_CLASSES, made, made // 2) if made else None
+    return min(len(data.classes or source.class_names), SAMPLE_CLASSES) * math.prod(source.shape)
 
 
 # How it was run
