@@ -291,3 +291,13 @@ def test_the_command_says_where_the_report_is(
     assert called(monkeypatch, str(tmp_path / "nothing")) == 2
     assert called(monkeypatch, runs[0], "--on", "validation") == 2
     assert "no accuracy on validation samples" in capsys.readouterr().err
+
+
+def test_a_table_without_a_whole_run_has_no_figures_and_the_others_have(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study", {"FedAvg": ("fedavg", None)}, seeds=[0, 1], rounds=3, betas=[0.1, 0.3])
+    for metrics in (study / "beta-0.3").rglob("metrics.jsonl"):
+        metrics.unlink()
+    html = write_report(study).read_text(encoding="utf-8")
+    assert "Learning curves" in Page(html).headings
+    assert len(re.findall(r"<h3>[^<]*0\.1", html)) > 1
+    assert len(re.findall(r"<h3>[^<]*0\.3", html)) == 1, "the result alone names it"

@@ -132,9 +132,9 @@ def sections(content: Content, figures: Figures) -> list[Section]:
 
 
 def _each(content: Content, figures: Figures, part: Part) -> str:
-    """Return what each table has to show, under its title."""
+    """Return what each table has to show, under its title; one without a whole run has nothing."""
     found = []
-    for block in content.blocks:
+    for block in filter(lambda block: block.shown, content.blocks):
         if body := "".join(part(Place(content, block, figures))):
             found.append(f'{_heading(block)}<div class="figures">{body}</div>')
     return "".join(found)
