@@ -23,8 +23,9 @@ from fedstill.methods.fedmd import FedMDSettings, Learner, Lesson
 from fedstill.models import Stateless, build_model, split_state
 from fedstill.models.fedmd import fedmd_cnn
 from fedstill.models.layers import Dropout
+from fedstill.models.layout import channels_innermost, layout_of
 from fedstill.models.randomness import layers_draw_from
-from fedstill.training import SGD, channels_innermost, layout_of, train_locally
+from fedstill.training import SGD, train_locally
 from fedstill.weights import State, Weights, finite
 from small import small
 

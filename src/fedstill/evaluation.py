@@ -15,8 +15,8 @@ from torch import Tensor
 from fedstill.data.dataset import IntArray, Samples
 from fedstill.distill.teachers import Teachers, ensemble_accuracies
 from fedstill.distill.weighting import TeacherWeights
+from fedstill.models.layout import predictor
 from fedstill.models.stateless import Stateless
-from fedstill.training import predictor
 from fedstill.weights import Weights
 
 Record = dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedstill.data.augment import augment
+from fedstill.models.layout import channels_innermost, channels_outermost, layout_of
 from fedstill.models.stateless import Stateless
 from fedstill.weights import State, Tensors, Weights
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fedstill.methods.base import LocalObjective
 
 LastBatch = Literal["keep", "drop"]
-Layout = Callable[[Tensor], Tensor]
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
@@ -190,37 +190,6 @@ def train_locally(
     weights = weights.map(channels_outermost) if channels_last else weights
     stacked = torch.stack(losses) if losses else torch.zeros(0)
     return Trained(weights, len(losses), stacked, torch.stack(norms) if norms else None, torch.cat(labels), sums)
-
-
-def layout_of(channels_last: bool) -> Layout:
-    """Return what copies a tensor into the layout in which it is computed with."""
-    return channels_innermost if channels_last else torch.clone
-
-
-def channels_innermost(value: Tensor) -> Tensor:
-    """Return a copy of images or of a convolution's kernel in which the channels are the innermost dimension.
-
-    Also of a single channel, for which the strides alone tell convolutions which layout is meant: PyTorch's own
-    conversion leaves those as they are, and the first layer, the largest of all, is then computed the slow way.
-    """
-    if value.dim() != 4:
-        return value.clone()
-    _, channels, height, width = value.shape
-    strides = (channels * height * width, 1, channels * width, channels)
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def channels_outermost(value: Tensor) -> Tensor:
-    """Return a tensor in the usual layout."""
-    return value.clone(memory_format=torch.contiguous_format) if value.dim() == 4 else value
-
-
-def predictor(model: Stateless, weights: Weights, channels_last: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function from a batch to the model's logits in eval mode, computed in a layout."""
-    if not channels_last:
-        return lambda x: model(weights.params, weights.buffers, x, train=False)
-    params = {name: channels_innermost(value) for name, value in weights.params.items()}
-    return lambda x: model(params, weights.buffers, channels_innermost(x), train=False)
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

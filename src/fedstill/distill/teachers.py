@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture
 from fedstill.models.anatomy import batch_norms
+from fedstill.models.layout import channels_innermost
 from fedstill.models.stateless import Stateless
-from fedstill.training import channels_innermost
 from fedstill.weights import Tensors, Weights
 
 

@@ -65,12 +65,13 @@ from fedstill.methods.base import (
     Turn,
     Upload,
 )
+from fedstill.models.layout import Layout, channels_outermost, layout_of, predictor
 from fedstill.models.randomness import own_stream
 from fedstill.models.stateless import Stateless
 from fedstill.payload import Kind, Payload
 from fedstill.rng import torch_stream
 from fedstill.settings import ModedSettings
-from fedstill.training import Layout, batches, channels_outermost, gradients, layout_of, predictor, step_count
+from fedstill.training import batches, gradients, step_count
 from fedstill.weights import State, Tensors, Weights, weighted_sum
 
 if TYPE_CHECKING:

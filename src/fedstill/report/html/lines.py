@@ -25,6 +25,7 @@ DRAWN, SMALL = 160, 50
 """Points of a line, and of one in a small panel; of more rounds evenly spaced ones are drawn, with both ends."""
 MARKED = 12  # points; lines of more have no markers
 POINTS = 72  # in an inch
+TITLE = 28  # letters above a panel
 ABOUT = 1.05
 """Costs of which the higher is at most this many times the lower are no difference."""
 Numbers = npt.NDArray[np.float64]
@@ -178,7 +179,7 @@ def _panels(shown: Sequence[Line], x: Axis, y: Axis, wide: bool) -> Figure:
     """Draw a panel for each line: over the grey range of all, beside its base."""
     marks = [_mark(line.x) for line in shown]
     shown = [line.thinned(SMALL) for line in shown]
-    titles = [f"{_number(line.means[-1], y)}  {wrapped(line.label, 22)}" for line in shown]
+    titles = [_titled(_number(line.means[-1], y), line.label) for line in shown]
     panels = _Panels.of(titles, columns=4 if wide else 2, wide=wide, each=1.05, around=0.35)
     for line, mark, axes in zip(shown, marks, panels.axes, strict=True):
         if axes is panels.axes[0]:
@@ -357,6 +358,11 @@ def _draw(axes: Axes, line: Line, colour: str, marker: str) -> None:
 def _mark(x: Sequence[float]) -> str:
     """Return what marks the points of a line that has its panel for itself: nothing where every round has one."""
     return "" if len(x) > 1 and all(after - before == 1 for before, after in pairwise(x)) else "o"
+
+
+def _titled(number: str, label: str) -> str:
+    """Return a panel's title, wrapped so that its first line has room for the number."""
+    return f"{number}  {wrapped(label, TITLE - len(number) - 2)}"
 
 
 def _number(value: float, y: Axis) -> str:

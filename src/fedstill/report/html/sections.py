@@ -437,11 +437,12 @@ def _that_fit(content: Content) -> tuple[dict[tuple[str, str], tuple[RunData, Cl
     ]
     turns = [one for turn in zip_longest(*by_table) for one in turn if one is not None]
     size = {(name, label): _values_of_each_class(run) for name, label, run in turns}
-    real = {(own[0][0], own[0][1]): 0.5 for own in by_table if own}
-    made = next(
-        (made for made in MADE if sum(made * (1 + real.get(key, 0)) * size[key] for key in size) <= SAMPLE_VALUES),
-        MADE[-1],
-    )
+    firsts = [own[0][:2] for own in by_table if own]
+
+    def needed(made: int) -> int:
+        return sum(made * of_all for of_all in size.values()) + sum(made // 2 * size[first] for first in firsts)
+
+    made = next((made for made in MADE if needed(made) <= SAMPLE_VALUES), MADE[-1])
     found: dict[tuple[str, str], tuple[RunData, ClassSamples]] = {}
     left, with_real, left_out = SAMPLE_VALUES, set[str](), 0
     for name, label, run in turns:
