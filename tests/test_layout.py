@@ -30,6 +30,11 @@ from fedstill.weights import State, Weights, finite
 from small import small
 
 
+def average_pooled(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A FedMD participant's model for digits: its pools are average ones."""
+    return fedmd_cnn(input_shape, num_classes, widths=(3, 4), dropout=0.0)
+
+
 def trained(model: nn.Module, x: torch.Tensor, channels_last: bool) -> Weights:
     y = torch.arange(len(x)) % 10
     order = [torch.arange(0, 6), torch.arange(4, 10), torch.arange(9, 12)]
@@ -126,6 +131,8 @@ def test_one_channel_is_innermost_too() -> None:
         (["model.name=cnn", "model.width=4", "model.norm=bn"], "channels_last"),
         (["model.name=cnn", "model.width=4", "model.norm=gn"], "channels_last"),
         (["model.name=resnet18", "model.norm=gn", "model.stem=cifar"], "contiguous"),
+        (["model.name=resnet18", "model.norm=bn", "model.stem=cifar"], "contiguous"),
+        ([f"model.name={__name__}:average_pooled"], "channels_last"),
         (["model.name=mlp", "execution.memory_format=channels_last"], "channels_last"),
     ],
 )
