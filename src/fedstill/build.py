@@ -22,6 +22,7 @@ from fedstill.data.public import PublicSet, load_public
 from fedstill.errors import InputError
 from fedstill.evaluation import Evaluation, Parts
 from fedstill.execution.choices import (
+    device_of,
     executor_of,
     resolve,
     set_products_of_float32,
@@ -62,7 +63,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     shown = replace(data.partition, counts=trained_on[:, first:])
     said = notes(shown, data.private_classes, config.local.batch_size if trains_by_sgd(method.objective) else None)
     models = [architecture.model for architecture in architectures]
-    device = torch.device(config.execution.device)
+    device = device_of(config)
     for model in models:
         model.module.to(device)
     config, doubt = with_possible_executor(config, method.objective, models, data.shape)

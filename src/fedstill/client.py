@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedstill.config import LocalSettings
+from fedstill.data.augment import Moves, draw_moves
 from fedstill.data.dataset import Samples, Share
 from fedstill.errors import RunError
 from fedstill.methods.base import LocalObjective, LocalTask, Turn
@@ -106,7 +107,8 @@ class Site:
         RunError
             If the loss turns non-finite; it names the round, the client and the step.
         """
-        x, y, order = self.own.source(self.order())
+        batches_of_round = self.order()
+        x, y, order = self.own.source(self.watched(batches_of_round))
         decay = self.local.weight_decay + objective.extra_weight_decay(self.received, self.task)
         trained = train_locally(
             self.model,
@@ -118,19 +120,29 @@ class Site:
             order,
             SGD(self.task.lr, self.local.momentum, decay, self.local.clip_norm),
             draws={name: value.to(y.device) for name, value in draws.items()},
-            augmentation=self.augmentation,
-            generator=None if self.augmentation == "none" else self.stream("augmentation"),
+            moves=self.moves(batches_of_round),
             channels_last=self.channels_last,
         )
         check_finite(trained, self.task)
         return trained
 
-    def order(self) -> Iterator[Tensor]:
-        """Yield the index batches of the round, on the device."""
-        stream = self.stream("batches")
-        for batch in batches(self.task.samples, self.local.batch_size, self.task.steps, stream, self.local.last_batch):
+    def order(self) -> list[Tensor]:
+        """Return the index batches of the round, on the device."""
+        local, stream, device = self.local, self.stream("batches"), self.own.y.device
+        return list(batches(self.task.samples, local.batch_size, self.task.steps, stream, local.last_batch, device))
+
+    def moves(self, order: Sequence[Tensor]) -> list[Moves] | None:
+        """Return how the images of each batch are augmented, on the device; None for not at all."""
+        if self.augmentation == "none":
+            return None
+        sizes = [len(batch) for batch in order]
+        return draw_moves(self.augmentation, sizes, self.stream("augmentation"), self.own.y.device)
+
+    def watched(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield batches as long as the run has not been stopped."""
+        for batch in order:
             self.check_stop()
-            yield batch.to(self.own.y.device)
+            yield batch
 
 
 @dataclass

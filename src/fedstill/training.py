@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fedstill.data.augment import augment
+from fedstill.data.augment import Moves, moved
 from fedstill.models.layout import channels_innermost, channels_outermost, layout_of
 from fedstill.models.stateless import Stateless
 from fedstill.weights import State, Tensors, Weights
@@ -100,13 +100,21 @@ def step_count(samples: int, batch_size: int, epochs: int, steps: int | None, la
 
 
 def batches(
-    samples: int, batch_size: int, steps: int, generator: torch.Generator, last_batch: LastBatch = "keep"
+    samples: int,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator,
+    last_batch: LastBatch = "keep",
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """Yield ``steps`` index batches: a new shuffle each epoch, its last smaller batch kept or dropped."""
+    """Yield ``steps`` index batches: a new shuffle each epoch, its last smaller batch kept or dropped.
+
+    Shuffles are drawn on the CPU and brought to ``device`` whole: a GPU would be waited for at every batch.
+    """
     done = 0
     while done < steps:
         shuffled = torch.randperm(samples, generator=generator)[: used_in_epoch(samples, batch_size, last_batch)]
-        for batch in torch.split(shuffled, batch_size):
+        for batch in torch.split(shuffled.to(device), batch_size):
             if done == steps:
                 return
             done += 1
@@ -124,8 +132,7 @@ def train_locally(
     sgd: SGD,
     *,
     draws: Tensors | None = None,
-    augmentation: str = "none",
-    generator: torch.Generator | None = None,
+    moves: Sequence[Moves] | None = None,
     channels_last: bool = False,
 ) -> Trained:
     """Run SGD on one client's data.
@@ -148,10 +155,8 @@ def train_locally(
         Step size, clip, weight decay, momentum.
     draws : dict, optional
         What ``objective.draws`` returned, each tensor (steps, ...); a step's rows stand in ``extras["draws"]``.
-    augmentation : str
-        Name of the augmentation.
-    generator : torch.Generator, optional
-        Its random stream; without one nothing is augmented.
+    moves : sequence of Moves, optional
+        How the images of each step are augmented.
     channels_last : bool
         Hold the kernels of convolutions with the channels as the innermost dimension, which convolutions follow.
 
@@ -172,7 +177,7 @@ def train_locally(
     sums: Tensors = {}
     for step, batch in enumerate(order):
         inputs = x.index_select(0, batch)  # far faster than x[batch] on a CPU
-        inputs = inputs if generator is None else augment(inputs, augmentation, generator)
+        inputs = moved(inputs, moves[step]) if moves else inputs
         inputs = channels_innermost(inputs) if channels_last else inputs
         given = {**extras, "draws": {name: value[step] for name, value in draws.items()}} if draws else extras
         labels.append(y[batch])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fedstill.data import augment, list_augmentations
-from fedstill.data.augment import _flip_and_crop
+from fedstill.data.augment import Moves, draw_moves, moved
 from fedstill.errors import InputError
 from fedstill.rng import torch_stream
 
@@ -19,7 +19,7 @@ def cut(image: torch.Tensor, row: int, column: int) -> torch.Tensor:
 def test_crop_and_flip_equal_the_hand_made_ones() -> None:
     offsets = torch.tensor([[4, 4], [0, 8], [8, 0], [3, 6], [4, 4], [1, 2]])
     flips = torch.tensor([False, False, False, False, True, True])
-    got = _flip_and_crop(IMAGES, flips, offsets)
+    got = moved(IMAGES, Moves(flips, offsets))
     for image, (row, column), flip, result in zip(IMAGES, offsets.tolist(), flips.tolist(), got):
         assert torch.equal(result, cut(image.flip(-1) if flip else image, row, column))
 
@@ -27,8 +27,16 @@ def test_crop_and_flip_equal_the_hand_made_ones() -> None:
 def test_no_move_is_the_image_and_a_flip_twice_too() -> None:
     still = torch.full((6, 2), 4)
     never, always = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
-    assert torch.equal(_flip_and_crop(IMAGES, never, still), IMAGES)
-    assert torch.equal(_flip_and_crop(_flip_and_crop(IMAGES, always, still), always, still), IMAGES)
+    assert torch.equal(moved(IMAGES, Moves(never, still)), IMAGES)
+    assert torch.equal(moved(moved(IMAGES, Moves(always, still)), Moves(always, still)), IMAGES)
+
+
+@pytest.mark.parametrize("kind", ["flip-crop", "flip-crop-half"])
+def test_moves_of_a_round_are_those_of_its_batches_one_after_another(kind: str) -> None:
+    one_by_one, stream = torch_stream(3, "augment"), torch_stream(3, "augment")
+    at_once = draw_moves(kind, [4, 2], stream, IMAGES.device)
+    for batch, moves in zip(torch.split(IMAGES, [4, 2]), at_once, strict=True):
+        assert torch.equal(moved(batch, moves), augment(batch, kind, one_by_one))
 
 
 @pytest.mark.parametrize("kind", [name for name, _ in list_augmentations()])

@@ -124,7 +124,8 @@ class Distillation:
     def __post_init__(self) -> None:
         keys = self.settings
         self.student = self.student.clone()
-        self.shares = class_shares(self.teachers.counts, keys.share_epsilon)
+        like = next(iter(self.student.params.values()))
+        self.shares = class_shares(self.teachers.counts, keys.share_epsilon).to(like.device)
         self.sgd = SGD(lr=keys.lr_student * self.lr_factor, weight_decay=keys.weight_decay_student)
         self.adam: torch.optim.Adam | None = None
         if self.generator is not None:
@@ -137,7 +138,6 @@ class Distillation:
         """Run all iterations and return the student."""
         for iteration in range(self.settings.iterations):
             labels = self.draws.labels(iteration)
-            self.shares = self.shares.to(labels.device)
             noise = self.draws.noise(iteration, 0)
             if self.generator is not None:
                 for _ in range(self.settings.generator_steps):

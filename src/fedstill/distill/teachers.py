@@ -67,7 +67,7 @@ class StackedTeachers:
         params = {name: torch.stack([one.params[name] for one in weights]) for name in first.params}
         buffers = {name: torch.stack([one.buffers[name] for one in weights]) for name in first.buffers}
         device = next(iter(params.values())).device
-        return StackedTeachers(model, params, buffers, counts, batched=device.type == "cuda")
+        return StackedTeachers(model, params, buffers, counts, batched=device.type != "cpu")
 
     def __len__(self) -> int:
         return len(self.counts)

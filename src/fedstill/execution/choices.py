@@ -43,6 +43,11 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update={"execution": resolved})
 
 
+def device_of(config: Config) -> torch.device:
+    """Return the device of a resolved configuration."""
+    return torch.device(config.execution.device)
+
+
 def with_possible_executor(
     config: Config, objective: LocalObjective, models: Sequence[Stateless], shape: tuple[int, ...]
 ) -> tuple[Config, list[str]]:

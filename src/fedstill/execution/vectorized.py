@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedstill.client import ClientResult, ClientWork, LocalTrainer, Site, check_finite
-from fedstill.data.augment import augment
+from fedstill.data.augment import Moves, moved
 from fedstill.data.dataset import Share
 from fedstill.errors import RunError
 from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
@@ -161,7 +161,7 @@ class Job:
     start: Weights
     order: list[Tensor]
     weight_decay: float
-    augmentation: torch.Generator | None
+    moves: list[Moves] | None
     trained: Trained | None = None
 
     @staticmethod
@@ -170,14 +170,15 @@ class Job:
         objective = train.objective
         device = site.own.y.device
         draws = objective.draws(site.received, site.task, site.stream("objective"))
+        order = site.order()
         return Job(
             site,
             objective.prepare(site.received, site.state, site.task),
             {name: value.to(device) for name, value in draws.items()},
             objective.own_model(site.received, site.state, site.initial),
-            list(site.order()),
+            order,
             site.local.weight_decay + objective.extra_weight_decay(site.received, site.task),
-            None if site.augmentation == "none" else site.stream("augmentation"),
+            site.moves(order),
         )
 
     def signature(self) -> object:
@@ -211,16 +212,14 @@ class Batch:
         self.buffers = _stacked([job.start.buffers for job in jobs], own=True)
         groups = jobs[0].extras
         self.extras = {group: _stacked([job.extras[group] for job in jobs]) for group in groups}
-        self.decay = self._column([job.weight_decay for job in jobs])
+        like = next(iter(self.params.values()))
+        self.decay = torch.tensor([job.weight_decay for job in jobs], dtype=like.dtype, device=like.device)
+        self.places: dict[tuple[int, ...], Tensor] = {}
         self.velocity = {name: torch.zeros_like(value) for name, value in self.params.items()} if local.momentum else {}
         self.done = [0] * len(jobs)
         self.sums: list[Tensors] = [{} for _ in jobs]
         self.losses, self.norms = [[] for _ in jobs], [[] for _ in jobs]
         self.step, self.usual_step = self.steps.of(self.train_with.objective, jobs[0].site.model)
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        like = next(iter(self.params.values()))
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     def train(self) -> None:
         """Take all steps of all clients, and give each its result."""
@@ -245,41 +244,44 @@ class Batch:
 
     def tick(self, members: list[int]) -> None:
         """Let some clients take a step each."""
-        everyone = len(members) == len(self.jobs)
-        at = torch.tensor(members, device=self.decay.device)
+        at = self.rows_of(members)
 
         def chosen(stack: Stack) -> Stack:
-            return stack if everyone else {name: value[at] for name, value in stack.items()}
+            return stack if at is None else {name: value[at] for name, value in stack.items()}
 
         x, y = self.samples(members)
         params, extras = chosen(self.params), {group: chosen(own) for group, own in self.extras.items()}
         if draws := self.draws(members):
             extras["draws"] = draws
-        step = self.usual_step if everyone and y.shape[1] == self.train_with.local.batch_size else self.step
+        step = self.usual_step if at is None and y.shape[1] == self.train_with.local.batch_size else self.step
         grads, (loss, noted, buffers) = step(params, chosen(self.buffers), x, y, extras)
-        self.update(params, grads, extras, members, at, everyone)
-        self.put(self.buffers, buffers, at, everyone)
+        self.update(params, grads, extras, members, at)
+        self.put(self.buffers, buffers, at)
         for row, place in enumerate(members):
             self.losses[place].append(loss[row])
             own = self.sums[place]
             self.sums[place] = {n: own[n] + v[row] if n in own else v[row] for n, v in noted.items()}
             self.done[place] += 1
 
+    def rows_of(self, members: list[int]) -> Tensor | None:
+        """Return the members' rows in the stacks, on the device; None for everyone's."""
+        if len(members) == len(self.jobs):
+            return None
+        key = tuple(members)
+        if key not in self.places:  # brought there once, not in every tick: a GPU would be waited for
+            self.places[key] = torch.tensor(members, device=self.decay.device)
+        return self.places[key]
+
     def samples(self, members: list[int]) -> tuple[Tensor, Tensor]:
         """Return the next batches (clients, B, ...) and their labels (clients, B)."""
         train = self.train_with
         own = [self.jobs[place] for place in members]
         batches = [job.order[self.done[place]] for job, place in zip(own, members, strict=True)]
-        if own[0].augmentation is None:
-            at = torch.stack([cast(Share, job.site.own).rows[batch] for job, batch in zip(own, batches, strict=True)])
-            x = train.samples.x.index_select(0, at.view(-1))  # far faster than x[at] on a CPU
-            return x.view(*at.shape, *x.shape[1:]), train.samples.y[at]
-        images = [
-            augment(job.site.own.x[batch], job.site.augmentation, cast(torch.Generator, job.augmentation))
-            for job, batch in zip(own, batches, strict=True)
-        ]
-        y = [job.site.own.y[batch] for job, batch in zip(own, batches, strict=True)]
-        return torch.stack(images), torch.stack(y)
+        at = torch.stack([cast(Share, job.site.own).rows[batch] for job, batch in zip(own, batches, strict=True)])
+        x = train.samples.x.index_select(0, at.view(-1))  # far faster than x[at] on a CPU
+        moves = [job.moves[self.done[place]] for job, place in zip(own, members, strict=True) if job.moves]
+        x = moved(x, Moves.joined(moves)) if moves else x
+        return x.view(*at.shape, *x.shape[1:]), train.samples.y[at]
 
     def draws(self, members: list[int]) -> Stack:
         """Return the rows of the clients' random numbers that belong to their next steps."""
@@ -289,9 +291,7 @@ class Batch:
         }
 
     @torch.no_grad()
-    def update(
-        self, params: Stack, grads: Stack, extras: State, members: list[int], at: Tensor, everyone: bool
-    ) -> None:
+    def update(self, params: Stack, grads: Stack, extras: State, members: list[int], at: Tensor | None) -> None:
         """Correct, clip, decay and step, each client for itself, in the order of the serial loop.
 
         ``params`` is changed in place: the stack itself where everyone steps, else a copy of the members' rows.
@@ -307,20 +307,21 @@ class Batch:
             for row, place in enumerate(members):
                 self.norms[place].append(norm[row])
         if any(job.weight_decay for job in self.jobs):
-            decay = self.decay[at]
+            decay = self.decay if at is None else self.decay[at]
             steps = list(torch._foreach_addcmul(steps, [_over(decay, value) for value in values], values))
         if local.momentum:
-            for name, step in zip(names, steps, strict=True):
-                self.velocity[name][at] = local.momentum * self.velocity[name][at] + step
-            steps = [self.velocity[name][at] for name in names]
+            before = self.velocity if at is None else {name: value[at] for name, value in self.velocity.items()}
+            velocity = {n: local.momentum * before[n] + step for n, step in zip(names, steps, strict=True)}
+            self.put(self.velocity, velocity, at)
+            steps = [velocity[name] for name in names]
         torch._foreach_add_(values, steps, alpha=-self.jobs[0].site.task.lr)
-        if not everyone:
-            self.put(self.params, params, at, everyone)
+        if at is not None:
+            self.put(self.params, params, at)
 
-    def put(self, stack: Stack, rows: Stack, at: Tensor, everyone: bool) -> None:
+    def put(self, stack: Stack, rows: Stack, at: Tensor | None) -> None:
         """Write the members' rows into the stack."""
         for name, value in rows.items():
-            if everyone:
+            if at is None:
                 stack[name] = value
             else:
                 stack[name][at] = value

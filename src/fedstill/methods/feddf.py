@@ -232,7 +232,7 @@ class StudentPhase:
         self.moments = Adam.start(self.student.params)
         counts = self.teachers.counts.sum(1).double()
         sizes = counts if self.settings.client_weights == "samples" else torch.ones_like(counts)
-        self.weights = sizes / sizes.sum()
+        self.weights = (sizes / sizes.sum()).to(next(iter(self.student.params.values())).device)
 
     def run(self) -> Weights:
         """Take the steps and return the student: the best where it is measured, or else the last."""

@@ -227,9 +227,9 @@ class Learner:
         means: list[float] = []
         for _ in range(lesson.epochs):
             total = torch.zeros((), device=lesson.x.device)
-            for batch in batches(samples, lesson.batch_size, steps, order):
+            for batch in batches(samples, lesson.batch_size, steps, order, device=lesson.x.device):
                 site.check_stop()
-                losses.append(self.step(lesson, batch.to(lesson.x.device), moments))
+                losses.append(self.step(lesson, batch, moments))
                 total += losses[-1] * len(batch) / samples
             means.append(float(total))
             if stalled(means, lesson.patience, self.settings.min_delta):

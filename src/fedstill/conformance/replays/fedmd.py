@@ -75,10 +75,12 @@ class Recorded:
         """Let FedMD take these orders in place of drawn ones, and whole subsets in their order."""
         study = fedmd.Learner.study
 
-        def order(samples: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        def order(
+            samples: int, size: int, steps: int, generator: torch.Generator, device: torch.device
+        ) -> Iterator[Tensor]:
             found = self.digest if samples == self.samples else self.revisit
             must((len(found), -(-samples // size)) == (samples, steps), "another number of steps")
-            yield from torch.split(found, size)
+            yield from torch.split(found.to(device), size)
 
         def studied(learner: fedmd.Learner, site: Site, lesson: fedmd.Lesson, moments: State) -> list[Tensor]:
             losses = study(learner, site, lesson, moments)

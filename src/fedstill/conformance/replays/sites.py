@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -53,9 +53,9 @@ class RecordedSite(Site):
     given: Tensors = field(default_factory=dict)
     trainings: list[Seen] = field(default_factory=list)
 
-    def order(self) -> Iterator[Tensor]:
-        """Yield the recorded batches."""
-        yield from self.batches
+    def order(self) -> list[Tensor]:
+        """Return the recorded batches."""
+        return list(self.batches)
 
     def train(self, objective: LocalObjective, start: Weights, extras: State, draws: Tensors) -> Trained:
         """Train on the recording, or end where the client is to end."""

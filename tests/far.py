@@ -1,0 +1,167 @@
+"""A device that is not the CPU, for machines that have none: it refuses what a GPU refuses and counts what waits.
+
+A tensor on it is a wrapper around one in the CPU's memory; PyTorch takes it for a tensor on ``meta``. Every operation
+arrives at :func:`compute`, which refuses to mix devices as CUDA does, notes every value that has to reach the host
+(on a GPU the host then waits for all work before it), and computes on the CPU: the numbers are the CPU's.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+FAR = torch.device("meta")
+
+COPIES = ("_to_copy", "copy_")
+INDEXED = ("index", "index_put_", "index_put", "_index_put_impl_")
+"""Operations that take indices from the CPU too, also on CUDA."""
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount")
+"""Operations whose result the host must know before it can go on."""
+
+
+class MixedDevices(AssertionError):
+    """An operation on tensors of two devices."""
+
+
+class FarTensor(Tensor):
+    """A tensor on the far device."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> FarTensor:
+        made: FarTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=FAR, requires_grad=False,
+        )  # fmt: skip
+        made.held = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"FarTensor({self.held})"
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+class FarDevice(TorchDispatchMode):
+    """The device while it is there; ``waited`` counts, by the line of fedstill, what made the host wait."""
+
+    current: FarDevice | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+class FarGenerator(torch.Generator):
+    """A stream of random numbers that lives on the far device, or on the CPU.
+
+    An operation is given another object for the same stream, so a stream is known again by its seed.
+    """
+
+    places: ClassVar[dict[int, set[torch.device]]] = {}
+
+    def __new__(cls, device: torch.device | str = "cpu") -> FarGenerator:
+        made = super().__new__(cls)
+        made.where = torch.device(device)  # type: ignore[attr-defined]
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.where  # type: ignore[attr-defined, no-any-return]
+
+    def manual_seed(self, seed: int) -> FarGenerator:
+        self.places.setdefault(seed, set()).add(self.device)
+        super().manual_seed(seed)
+        return self
+
+
+def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run one operation."""
+    name = func.overloadpacket.__name__
+    leaves = pytree.tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    far = [isinstance(one, FarTensor) for one in tensors]
+    target = kwargs.get("device")
+    on_far = any(far) if target is None else torch.device(target) == FAR
+    if name == "copy_":
+        on_far = far[0]
+    mixed = any(far) and any(not is_far and one.dim() for one, is_far in zip(tensors, far, strict=True))
+    if name in INDEXED:  # the indices may lie on the CPU, the values and what is indexed may not
+        mixed = any(far) and not (far[0] and all(isinstance(one, FarTensor) or not one.dim() for one in args[2:3]))
+    if mixed and name not in COPIES:
+        raise MixedDevices(f"{func}: {[str(one.device) for one in tensors]}")
+    for stream in (leaf for leaf in leaves if isinstance(leaf, torch._C.Generator)):
+        if not {FAR if on_far else torch.device("cpu")} <= FarGenerator.places.get(stream.initial_seed(), {FAR}):
+            raise MixedDevices(f"{func}: a stream of another device")
+    crosses = name in COPIES and far and far[-1] is not on_far and not kwargs.get("non_blocking")
+    by_mask = name in INDEXED and any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+    here = FarDevice.current
+    if here is not None and (crosses or (any(far) and (name in WAITS or by_mask))):
+        here.waited[caller()] += 1
+    if target is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    found = func(*near(args), **near(kwargs))
+    if name == "copy_":
+        return args[0]
+    if not on_far:
+        return found
+    wrapped = pytree.tree_map_only(Tensor, FarTensor, found)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if any(far) else wrapped
+
+
+def near(values: Any) -> Any:
+    """Return values with the tensors inside the wrappers."""
+    return pytree.tree_map_only(FarTensor, lambda one: one.held, values)
+
+
+def caller() -> str:
+    """Return the innermost line of fedstill that is running."""
+    frames = [frame for frame in traceback.extract_stack() if "/fedstill/" in frame.filename]
+    return f"{frames[-1].filename.split('/fedstill/')[-1]}:{frames[-1].name}" if frames else "elsewhere"
+
+
+@contextmanager
+def far_device() -> Iterator[FarDevice]:
+    """Let federations with ``execution.device = "cuda"`` that are built within the block run on the far device."""
+    autocast = torch.autocast
+    with pytest.MonkeyPatch.context() as patch, FarDevice() as device:
+        patch.setattr(FarDevice, "current", device)
+        patch.setattr(torch, "Generator", FarGenerator)
+        patch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(import_module("fedstill.build"), "device_of", lambda config: FAR)
+        patch.setattr(import_module("fedstill.build"), "set_products_of_float32", lambda config: None)
+        for name in ("tensor", "as_tensor"):  # which make a tensor of a device where no mode sees it
+            patch.setattr(torch, name, on_device(getattr(torch, name)))
+        yield device
+
+
+def on_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``torch.tensor`` or ``torch.as_tensor`` so that the way to the device is a copy that is seen."""
+
+    def made(data: Any, *, device: torch.device | str | None = None, **kwargs: Any) -> Tensor:
+        found = data if isinstance(data, FarTensor) else make(data, **kwargs)
+        return found if device is None else found.to(device)
+
+    return made
