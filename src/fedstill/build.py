@@ -15,7 +15,7 @@ from fedstill.client import LocalTrainer
 from fedstill.config import Config
 from fedstill.data import Partition, Samples, Splits, client_parts, load_raw, make_partition, notes, split
 from fedstill.data.augment import list_augmentations
-from fedstill.data.dataset import IntArray
+from fedstill.data.dataset import ByteArray, IntArray, RawDataSet
 from fedstill.data.fingerprint import Fingerprints
 from fedstill.data.partition import class_counts
 from fedstill.data.public import PublicSet, load_public
@@ -67,7 +67,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     for model in models:
         model.module.to(device)
     config, doubt = with_possible_executor(config, method.objective, models, data.shape)
-    said += doubt
+    said += doubt + doubts_of_measuring(config, data)
     architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
     config = with_memory_format(with_client_states(config, architectures, device), models)
     set_products_of_float32(config)
@@ -89,7 +89,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
         architectures,
         trainer,
         executor_of(config, models, len(shares)),
-        evaluation_of(config, data, Parts(train, [np.concatenate(own) for _, *own in data.parts]), device),
+        evaluation_of(config, data, Parts(train, measured_on(data)), device),
         device,
         public,
         validation if len(validation) else None,
@@ -154,11 +154,22 @@ def data_of(config: Config) -> Data:
     public = None
     if (wanted := config.public).name is not None:
         folder, drawn = Path(wanted.root) if wanted.root else root, seed if wanted.seed is None else wanted.seed
+        judging = judging_images(raw, splits, parts) if wanted.name == keys.name else None
         public = load_public(
-            wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=drawn
-        )
+            wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=drawn,
+            judging=judging,
+        )  # fmt: skip
     data = Data(splits, partition, parts, raw.shape, raw.class_names, raw.class_names, public)
     return with_public_outputs(data) if wanted.labels == "separate" else data
+
+
+def judging_images(raw: RawDataSet, splits: Splits, parts: Sequence[tuple[IntArray, IntArray, IntArray]]) -> ByteArray:
+    """Return the images, as stored, by which models are chosen or judged: the server's and the clients' own."""
+    at = splits.positions
+    held = np.concatenate([np.concatenate(own) for _, *own in parts])
+    of_train = [at["validation"], at["train"][held], *([at["test"]] if raw.held_out else [])]
+    images = raw.x_train[np.concatenate(of_train)]
+    return images if raw.held_out else np.concatenate([images, raw.x_test[at["test"]]])
 
 
 def with_public_outputs(data: Data) -> Data:
@@ -303,14 +314,36 @@ def check_public(config: Config, method: Method, data: Data) -> None:
         )
 
 
+def measured_on(data: Data) -> list[IntArray]:
+    """Return the samples on which each client is measured: its test part, or where it has none what it validates on."""
+    return [tested if len(tested) else held for _, held, tested in data.parts]
+
+
+def doubts_of_measuring(config: Config, data: Data) -> list[str]:
+    """Return a note where clients are measured on what refinements are accepted by."""
+    chosen_by_it = config.refinement.accept == "clients" and "clients" in config.eval.on
+    if not (chosen_by_it and any(len(held) and not len(tested) for _, held, tested in data.parts)):
+        return []
+    return [
+        "clients are measured on the samples by which refinements are accepted, which flatters the refined model: "
+        "set data.client_test"
+    ]
+
+
 def check_held_out(config: Config, method: Method, data: Data) -> None:
     """Refuse what is measured or decided on held-out samples where nothing is held out."""
     if "validation" in config.eval.on and not len(data.splits.server_validation):
         raise InputError("eval.on has 'validation', but data.server_validation is 0")
     if "clients" in config.eval.on and not any(len(held) + len(test) for _, held, test in data.parts):
-        raise InputError("eval.on has 'clients', but data.client_validation and data.client_test are 0")
+        raise InputError(
+            f"eval.on has 'clients', but no client holds out a sample: data.client_test is {config.data.client_test:g} "
+            f"and data.client_validation {config.data.client_validation:g} of its share; raise one of them"
+        )
     if config.refinement.accept == "clients" and not any(len(held) for _, held, _ in data.parts):
-        raise InputError("refinement.accept = 'clients' asks the clients' held-out samples: set data.client_validation")
+        raise InputError(
+            f"refinement.accept = 'clients' asks the clients' held-out samples, and none holds out one: "
+            f"data.client_validation is {config.data.client_validation:g}; raise it"
+        )
     needs = [part.name for part in method.refinements if part.needs_validation]
     if config.refinement.accept == "server":
         needs.append("refinement.accept = 'server'")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedstill.data.dataset import IntArray, Samples
+from fedstill.data.dataset import ByteArray, IntArray, Samples
 from fedstill.data.fingerprint import fingerprint
 from fedstill.data.folder import normalised, read_folder
 from fedstill.data.sources import list_datasets, load_raw
@@ -43,6 +44,7 @@ def load_public(
     classes: tuple[int, ...] | None,
     samples: int | None,
     seed: int,
+    judging: ByteArray | None = None,
 ) -> PublicSet:
     """Read the public set: a data set's training part, or a folder of images.
 
@@ -60,6 +62,8 @@ def load_public(
         How many, a random subset in the order of the file; None for all.
     seed : int
         ``seed.data``.
+    judging : uint8 array, (N, ...), optional
+        Images as stored by which models are chosen or judged; those among the set's are left out.
 
     Raises
     ------
@@ -84,9 +88,21 @@ def load_public(
             f"public.name: one sample of {name} has shape {raw.shape}, but the private data and so the models have "
             f"{shape}; choose a public set of the same shape"
         )
-    rows = _rows(samples, len(raw.y_train), name, seed)
+    free = np.arange(len(raw.y_train)) if judging is None else _others(raw.x_train, judging)
+    besides = f"besides the {len(raw.y_train) - len(free)} by which models are chosen or judged"
+    rows = free[_rows(samples, len(free), f"{name} {besides}" if len(free) < len(raw.y_train) else name, seed)]
     found = fingerprint(raw.x_train, raw.y_train, rows, (raw.scale, *raw.mean, *raw.std))
     return PublicSet(raw.train(rows), raw.class_names, found)
+
+
+def _others(images: ByteArray, judging: ByteArray) -> IntArray:
+    """Return the positions of the images that are none of ``judging``, to the pixel."""
+    known = {_digest(image) for image in judging}
+    return np.array([at for at, image in enumerate(images) if _digest(image) not in known], np.int64)
+
+
+def _digest(image: ByteArray) -> bytes:
+    return blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def _rows(number: int | None, there_are: int, name: str, seed: int) -> IntArray:
@@ -94,5 +110,5 @@ def _rows(number: int | None, there_are: int, name: str, seed: int) -> IntArray:
     if number is None:
         return np.arange(there_are)
     if number > there_are:
-        raise InputError(f"public.samples: {number} samples asked for, and {name} has {there_are}")
+        raise InputError(f"public.samples: {number} samples asked for, and there are {there_are} of {name}")
     return np.sort(numpy_stream(seed, "split", "public").permutation(there_are)[:number])

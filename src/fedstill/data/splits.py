@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ class Splits:
         What the models are judged by.
     fingerprints : mapping
         ``train``, ``validation``, ``test`` -> digest of that part.
+    positions : mapping
+        The same names -> where that part lies in the file; of a source without official split, all in its one part.
     subclasses : int64 array, (N,), or None
         The training samples' labels finer than their classes, where the source has them.
     """
@@ -34,6 +37,7 @@ class Splits:
     server_validation: Samples
     test: Samples
     fingerprints: Fingerprints = field(default_factory=dict)
+    positions: Mapping[str, IntArray] = field(default_factory=dict)
     subclasses: IntArray | None = None
 
 
@@ -94,6 +98,7 @@ def split(
         server_validation=raw.train(validation),
         test=raw.train(test) if raw.held_out else raw.test(test),
         fingerprints=_fingerprints(raw, train, validation, test),
+        positions={"train": train, "validation": validation, "test": test},
         subclasses=None if raw.subclasses is None else raw.subclasses[train],
     )
 
