@@ -129,6 +129,15 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
 # Loose runs
 
 
+def test_runs_of_another_precision_are_no_seeds_of_one_group(tmp_path: Path) -> None:
+    fine = write_run(tmp_path / "fine", [0.5], "execution.precision=float32")
+    coarse = write_run(tmp_path / "coarse", [0.5], "execution.precision=bf16", seed=1)
+    assert [group.name for group in read([fine, coarse]).groups] == [
+        "fedavg, execution.precision=float32",
+        "fedavg, execution.precision=bf16",
+    ]
+
+
 def test_runs_that_differ_in_seed_alone_are_a_group(tmp_path: Path) -> None:
     keys = ["method=fedavg+fedftg", "fedftg.mode=tuned"]
     paths = [

@@ -352,6 +352,13 @@ SEEDS, SAME_RESULTS = (
     ("data.root", "public.root", "checkpoint.", "execution.", "tracking.", "fedmd.pretraining_cache"),
 )
 """Keys by which runs of one group may differ; the second kind, by how the same numbers came about."""
+OTHER_RESULTS = ("execution.precision",)
+"""Those of the second kind that do give other numbers."""
+
+
+def gives_the_same(key: str) -> bool:
+    """Say whether a key only tells how the same numbers came about."""
+    return key.startswith(SAME_RESULTS) and key not in OTHER_RESULTS
 
 
 def groups(runs: Sequence[RunData]) -> list[Group]:
@@ -368,7 +375,9 @@ def groups(runs: Sequence[RunData]) -> list[Group]:
     """
     members: dict[str, list[tuple[Keys, RunData]]] = {}
     for run in runs:
-        keys = {key: value for key, value in flat(run.config).items() if not key.startswith((*SEEDS, *SAME_RESULTS))}
+        keys = {
+            key: value for key, value in flat(run.config).items() if not (key.startswith(SEEDS) or gives_the_same(key))
+        }
         members.setdefault(_text(keys), []).append((keys, run))
     parted = [part for own in members.values() for part in _parted(own)]
     names = labels([(keys, own[0].config) for keys, own in parted])
@@ -392,7 +401,7 @@ def _parted(members: list[tuple[Keys, RunData]]) -> list[tuple[Keys, list[RunDat
     keys = members[0][0]
     if len(set(seeds)) == len(seeds):
         return [(keys, [run for _, run in members])]
-    details = [{k: v for k, v in flat(run.config).items() if k.startswith(SAME_RESULTS)} for _, run in members]
+    details = [{k: v for k, v in flat(run.config).items() if gives_the_same(k)} for _, run in members]
     telling = [key for key in details[0] if len({_text(detail.get(key)) for detail in details}) > 1]
     parts: dict[str, tuple[Keys, list[RunData]]] = {}
     for detail, (_, run) in zip(details, members, strict=True):

@@ -29,7 +29,7 @@ from fedstill.runs.directory import RunDirectory, lock, read_metrics, write_json
 from fedstill.runs.files import write_atomically
 from fedstill.studies.display import Pace, StudyDisplay
 from fedstill.studies.plan import COPY, Cell, Study, copy_of
-from fedstill.studies.results import FAILED, INDEX, SAME_RESULTS
+from fedstill.studies.results import FAILED, INDEX, gives_the_same
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk says that no other run could write to either."""
@@ -222,7 +222,7 @@ def difference(wanted: Config, found: Config) -> str | None:
     mine, theirs = flat(wanted), flat(found)
     made = {"local.steps"} if wanted.scaffold.steps == "fixed" and wanted.local.steps is None else set()
     for key in dict.fromkeys([*mine, *theirs]):
-        if mine.get(key) != theirs.get(key) and key not in made and not key.startswith(SAME_RESULTS):
+        if mine.get(key) != theirs.get(key) and key not in made and not gives_the_same(key):
             return f"{key} = {json.dumps(theirs.get(key))}, and the study says {json.dumps(mine.get(key))}"
     return None
 
