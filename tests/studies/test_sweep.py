@@ -541,3 +541,20 @@ def test_a_stopped_search_goes_on_to_the_same_trials(tmp_path: Path, monkeypatch
     assert search(path, out=tmp_path / "stopped").trials == whole.trials
     more = search(written(tmp_path, path.read_text().replace("trials = 16", "trials = 18")), out=tmp_path / "whole")
     assert (len(more.trials), more.trials[:16]) == (18, whole.trials)
+
+
+def test_a_point_that_was_stopped_while_it_was_drawn_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+
+    path, out = written(tmp_path, SEARCH.replace("[1e-9, 0.1]", "[0.1, 0.2, 0.3]")), tmp_path / "out"
+    monkeypatch.setattr(SEARCHING, "run_cells", Pretended(0))
+    with pytest.raises(KeyboardInterrupt):
+        search(path, out=out)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / "optuna.log")))
+    optuna.load_study(storage=storage, study_name="search").ask()  # and no value
+    monkeypatch.setattr(SEARCHING, "run_cells", Pretended())
+    found = search(path, out=out)
+    assert sorted(one.keys["local.lr"] for one in found.trials) == [0.1, 0.2, 0.3]
+    assert all(one.accuracy is not None for one in found.trials)

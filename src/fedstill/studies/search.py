@@ -192,7 +192,7 @@ class Trials:
             self._same_search()
             for choice in self._every_point():
                 self.store.enqueue_trial(choice, skip_if_exists=True)
-        self.total = max(len(self.store.get_trials(deepcopy=False)), 0 if self._every_point() else table.trials)
+        self.total = max(len(self._asked()), 0 if self._every_point() else table.trials)
 
     def next(self) -> dict[int, dict[str, Any]]:
         """Return the trials to be run now, number -> values; what was stopped comes first, nothing at the end."""
@@ -203,11 +203,11 @@ class Trials:
             for one in self.store.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
                 if len(one.params) == len(self.table.space):
                     asked[one.number] = self._values(one.params)
-                else:  # it was stopped while its values were drawn
-                    self.store.tell(one.number, state=optuna.trial.TrialState.FAIL)
+                else:
+                    self._give_up(one)
             left = self.total - len(self._ended())
             for _ in range(0 if asked else min(left, self.table.batch)):
-                number = len(self.store.get_trials(deepcopy=False))
+                number = len(self._asked())
                 self.store.sampler = optuna.samplers.TPESampler(seed=self.table.seed + number)
                 trial = self.store.ask(self.distributions)
                 asked[trial.number] = self._values(trial.params)
@@ -291,8 +291,21 @@ class Trials:
             if key in params
         }
 
+    def _give_up(self, one: optuna.trial.FrozenTrial) -> None:
+        """End a trial that was stopped while its values were drawn, so that it counts as never asked for."""
+        import optuna
+
+        if point := one.system_attrs.get("fixed_params"):
+            self.store.enqueue_trial(point)
+        self.store.tell(one.number, state=optuna.trial.TrialState.FAIL)
+
+    def _asked(self) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials, but for those that were given up."""
+        trials, whole = self.store.get_trials(deepcopy=False), len(self.table.space)
+        return [one for one in trials if not one.state.is_finished() or len(one.params) == whole]
+
     def _ended(self) -> list[optuna.trial.FrozenTrial]:
-        return [one for one in self.store.get_trials(deepcopy=False) if one.state.is_finished()]
+        return [one for one in self._asked() if one.state.is_finished()]
 
     def _every_point(self) -> list[dict[str, str]]:
         """Return every point of the space as Optuna knows it, where there are no more than trials; else nothing."""
