@@ -376,3 +376,10 @@ def test_a_mode_given_on_the_command_line_counts_whatever_file_it_meets(
             assert getattr(got.fedftg, key) == getattr(fresh, key), key
     assert got.scaffold.mode == ("code" if mode == "code" else "paper")
     assert got.scaffold.denominator_lr == ("initial" if mode == "code" else "current")
+
+
+def test_the_released_codes_preset_is_that_code_with_every_method() -> None:
+    config = load_config(None, ["method=scaffold"], presets.preset("fedftg-cifar10-code"))
+    modes = config.fedftg.mode, config.scaffold.mode, config.moon.mode, config.feddf.mode, config.fedprox.kind
+    assert modes == ("code", "code", "code", "fedftg", "weight_decay_bug")
+    assert (config.scaffold.denominator_lr, config.scaffold.steps) == ("initial", "fixed")
