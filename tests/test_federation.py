@@ -15,7 +15,7 @@ from fedstill.client import LocalTrainer, Site
 from fedstill.data.dataset import Samples
 from fedstill.errors import InputError, RunError
 from fedstill.evaluation import Score, by_label_mix, evaluate
-from fedstill.federation import Federation, round_half_up
+from fedstill.federation import Clock, Federation, round_half_up
 from fedstill.methods.base import LocalTask, RoundContext
 from fedstill.methods.fedavg import FedAvgObjective
 from fedstill.models import Stateless, split_state
@@ -649,3 +649,23 @@ def test_the_public_subset_has_a_seed_of_its_own() -> None:
     assert not torch.equal(first, public("seed.data=1"))
     assert torch.equal(first, public("seed.data=1", "public.seed=0"))
     assert torch.equal(first, public("seed.train=1"))
+
+
+def test_ensembles_that_are_only_measured_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation, _ = build(small("eval.ensembles_every=1"))
+    began: list[str] = []
+    seen = Federation.teachers
+    monkeypatch.setattr(Clock, "__call__", noting(Clock.__call__, began))
+    monkeypatch.setattr(Federation, "teachers", lambda self, uploads: began.append("teachers") or seen(self, uploads))
+    federation.run_round(federation.start())
+    assert began[began.index("teachers") - 1] == "evaluate"
+
+
+def noting(original: Any, began: list[str]) -> Any:
+    """Return a clock's call that notes the phase before it begins."""
+
+    def call(self: Clock, phase: str) -> Any:
+        began.append(phase)
+        return original(self, phase)
+
+    return call

@@ -19,6 +19,7 @@ from fedstill.errors import InputError
 from fedstill.experiment import run
 from fedstill.reproduce import Plan, Sheet, carry_out, list_tables, load_table
 from fedstill.reproduce.choose import chosen
+from fedstill.reproduce.command import cost
 from fedstill.reproduce.engine import file_of
 from fedstill.reproduce.metrics import Metric, Scale
 from fedstill.reproduce.runs import configs_of, missing_file, study_of
@@ -578,3 +579,8 @@ def test_show_prints_the_chosen_cells_and_runs_nothing(tmp_path: Path) -> None:
         "|  | ours | not run |",
     ]
     assert not out.exists()
+
+
+def test_the_cost_counts_the_clients_that_a_round_has() -> None:
+    config = small("data.clients=10", "train.participation=0.25", "train.rounds=7")
+    assert "2 runs of 7 rounds; 14 rounds and 42 times a client's training" in cost([config], seeds=2)

@@ -136,7 +136,7 @@ class TrainSettings(Settings):
     participation: float = Field(1.0, gt=0, le=1)
     """Part of the clients in each round, C."""
     sampling: Literal["fixed", "bernoulli"] = "fixed"
-    """round(C K) clients, or each with probability C (the FedDyn and FedFTG code)."""
+    """C K clients, rounded (a half goes up), or each with probability C (the FedDyn and FedFTG code)."""
 
 
 class LocalSettings(Settings):

@@ -149,8 +149,9 @@ class Federation:
         sent = Traffic.of(works, results)
         with clock("fuse"):
             fused = self.fuse(state, uploads)
-        with clock("refine"):
+        with clock("refine" if self.method.refinements else "evaluate"):
             teachers = self.teachers(uploads) if self.needs_teachers(state.round) else None
+        with clock("refine"):
             refined, measured = self.refine(state.round, fused, uploads, teachers, sent)
         clients = ClientStates.of(state.clients) | self.kept(results)
         known = {**state.label_counts, **counts} if counts else state.label_counts

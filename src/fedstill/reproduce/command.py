@@ -12,6 +12,7 @@ from rich.markup import escape
 from fedstill.config import Config
 from fedstill.data import list_datasets
 from fedstill.errors import InputError
+from fedstill.federation import cohort_size
 from fedstill.names import unknown
 from fedstill.reproduce.engine import Plan, carry_out, default_seeds, due, file_of
 from fedstill.reproduce.metrics import Scale
@@ -91,7 +92,7 @@ def _data(name: str) -> str:
 def cost(runs: Sequence[Config], seeds: int) -> str:
     """Return in words what some runs cost, each with a number of seeds."""
     rounds = [config.train.rounds for config in runs]
-    active = [max(round(config.train.participation * config.data.clients), 1) for config in runs]
+    active = [cohort_size(config.train.participation, config.data.clients) for config in runs]
     trained = sum(number * clients for number, clients in zip(rounds, active, strict=True))
     each = f"{min(rounds):,}" if min(rounds) == max(rounds) else f"{min(rounds):,} to {max(rounds):,}"
     return (
