@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedstill import presets
+from fedstill.adam import Adam
 from fedstill.config import Config, config_from, keys, load_config, nearest_key, to_toml
 from fedstill.errors import InputError
 from fedstill.methods.fedftg import MODES as FEDFTG_MODES
 from fedstill.methods.fedftg import FedFTGSettings
 from fedstill.methods.scaffold import ScaffoldSettings
+from fedstill.settings import LARGEST_NUMBER
+from fedstill.weights import zeros_like
 
 
 def refusal(*overrides: str, path: Path | None = None) -> str:
@@ -147,6 +151,29 @@ def test_a_wrong_type_is_refused(override: str) -> None:
 )
 def test_an_impossible_value_is_refused(override: str) -> None:
     assert refusal(override).startswith(override.partition("=")[0] + ": ")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("local.lr=1e300", "a number is at most 1e+30 in size, not 1e+300"),
+        ("fedprox.mu=1e31", "a number is at most 1e+30 in size, not 1e+31"),
+        ("fedgen.generator_lr=1e300", "a number is at most 1e+30 in size"),
+        ("eval.batch_size=9999999999999999999999", "a whole number is at most 9223372036854775807 in size"),
+        ("model.hidden=[99999999999999999999]", "a whole number is at most 9223372036854775807 in size"),
+        ("execution.server_threads=99999999999", "input should be less than or equal to 1024"),
+    ],
+)
+def test_a_number_that_no_tensor_can_hold_is_refused(override: str, says: str) -> None:
+    assert refusal(override).startswith(f"{override.partition('=')[0]}: {says}")
+
+
+def test_the_largest_learning_rates_step_without_an_overflow() -> None:
+    grads = {"weight": torch.ones(2)}
+    for keras in (False, True):
+        params = zeros_like(grads)
+        Adam(LARGEST_NUMBER, keras=keras).step(params, grads, Adam.start(params))
+        assert torch.isfinite(params["weight"]).all()
 
 
 @pytest.mark.parametrize(

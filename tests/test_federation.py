@@ -365,7 +365,7 @@ def test_training_that_turns_non_finite_names_round_client_and_loss(executor: st
 
 def test_a_model_that_turns_non_finite_in_the_last_step_is_named_with_its_loss() -> None:
     with pytest.raises(RunError, match=r"round 1, client 0: the weights became non-finite .* loss of 2\.\d+"):
-        play("local.lr=1e38", "local.clip_norm=none", "local.steps=1", "local.weight_decay=1e3")
+        play("local.lr=1e30", "local.clip_norm=none", "local.steps=1", "local.weight_decay=1e10")
 
 
 def test_a_refinement_that_turns_non_finite_is_named() -> None:

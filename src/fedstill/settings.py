@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+LARGEST_NUMBER = 1e30
+"""Largest size of a number in a configuration: what is computed from it, such as Adam's ten times a learning rate in
+its first step, is a float32 too."""
+LARGEST_WHOLE = 2**63 - 1
+"""Largest size of a whole number in a configuration: a tensor's."""
 
 
 class Settings(BaseModel):
@@ -13,6 +19,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _fits_a_tensor(cls, value: Any) -> Any:
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and abs(one) > LARGEST_NUMBER:
+                raise ValueError(f"a number is at most {LARGEST_NUMBER:g} in size")
+            if isinstance(one, int) and abs(one) > LARGEST_WHOLE:
+                raise ValueError(f"a whole number is at most {LARGEST_WHOLE} in size")
+        return value
 
 
 class ModedSettings(Settings):
