@@ -361,6 +361,7 @@ def test_training_that_turns_non_finite_names_round_client_and_loss(executor: st
     ) as e:
         play(*keys)
     assert "smaller local.lr" in str(e.value)
+    assert "unless a key of the method's own" in str(e.value)
 
 
 def test_a_model_that_turns_non_finite_in_the_last_step_is_named_with_its_loss() -> None:

@@ -23,6 +23,12 @@ from fedstill.rng import seed_of, torch_stream
 from fedstill.training import SGD, Trained, batches, step_count, train_locally
 from fedstill.weights import State, Tensors, Weights
 
+REMEDY = (
+    "a smaller local.lr or local.clip_norm usually helps, unless a key of the method's own, such as scaffold.server_lr "
+    "or moon.tau, is far from its default"
+)
+"""What to do where training diverges; which key is to blame cannot be told from the numbers."""
+
 
 @dataclass(frozen=True)
 class ClientWork:
@@ -252,12 +258,10 @@ def check_finite(trained: Trained, task: LocalTask) -> None:
         step = int(bad[0])
         raise RunError(
             f"round {task.round + 1}, client {task.client}: the training loss became "
-            f"{float(trained.losses[step])} in local step {step + 1} of {trained.steps}; "
-            f"a smaller local.lr or local.clip_norm usually helps"
+            f"{float(trained.losses[step])} in local step {step + 1} of {trained.steps}; {REMEDY}"
         )
     if not trained.weights.all_finite():
         raise RunError(
             f"round {task.round + 1}, client {task.client}: the weights became non-finite in the last of "
-            f"{trained.steps} local steps, after a training loss of {float(trained.losses[-1])}; "
-            f"a smaller local.lr or local.clip_norm usually helps"
+            f"{trained.steps} local steps, after a training loss of {float(trained.losses[-1])}; {REMEDY}"
         )
