@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,14 @@ def test_an_npy_file_under_the_name(tmp_path: Path) -> None:
     with (tmp_path / "mnist.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(InputError, match="not an npz file"):
+        load_raw("mnist", tmp_path)
+
+
+def test_members_that_are_no_arrays(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mnist.npz", "w") as file:
+        for key in grey():
+            file.writestr(f"{key}.npy", b"garbage")
+    with pytest.raises(InputError, match=r"mnist\.npz: y_train is no NumPy array"):
         load_raw("mnist", tmp_path)
 
 

@@ -246,12 +246,20 @@ def _read(path: Path, source: Source) -> dict[str, Stored]:
                     raise InputError(
                         f"{path} has no array {' and no '.join(missing)} (it has: {', '.join(stored.files)})"
                     )
-                arrays |= {key: stored[key] for key in labels}
-                images = [stored[key] for key in pixels]
+                arrays |= {key: _array(path, stored, key) for key in labels}
+                images = [_array(path, stored, key) for key in pixels]
                 arrays[x] = _from_webp(images[0], images[1], source.shape) if strips else images[0]
         return arrays
     except _BROKEN as error:
         raise InputError(f"{path} cannot be read, it is truncated or damaged ({error})") from error
+
+
+def _array(path: Path, stored: np.lib.npyio.NpzFile, key: str) -> Stored:
+    """Return a member, which NumPy gives as bytes where it is no array."""
+    member = stored[key]
+    if not isinstance(member, np.ndarray):
+        raise InputError(f"{path}: {key} is no NumPy array; save the arrays with numpy.savez_compressed")
+    return member
 
 
 def _from_webp(blob: Stored, sizes: Stored, shape: tuple[int, ...]) -> ByteArray:
