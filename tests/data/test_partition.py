@@ -289,6 +289,8 @@ def test_test_shares_can_be_empty_and_refuse_other_labels() -> None:
         ({"beta": 0.0}, r"data\.beta"),
         ({"beta": float("nan")}, r"data\.beta"),
         ({"sigma": -1.0}, r"data\.sigma"),
+        ({"sigma": 1000.0}, r"data\.sigma: sizes that spread by 1000 cannot be computed"),
+        ({"sigma": 1000.0, "replay": True}, r"data\.sigma: sizes that spread by 1000 cannot be computed"),
         ({"sigma": 0.5, "protocol": "shards"}, r"data\.sigma has no meaning for 'shards'"),
         ({"clients": 0}, r"data\.clients must be at least 1"),
         ({"clients": 2004}, r"data\.clients: 2004 clients cannot share 2003"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedstill.data.dataset import IntArray
@@ -87,13 +88,24 @@ class _Pass:
 
 def _sizes(request: Request, rng: np.random.Generator) -> IntArray:
     """Return client sizes (clients,) that sum to the number of samples, each at least 1."""
-    weights = rng.lognormal(0, request.sigma, request.clients) if request.sigma else np.ones(request.clients)
+    shares = _lognormal_shares(0, request, rng) if request.sigma else np.ones(request.clients) / request.clients
     # Everyone has one sample first; the others go by weight, what rounding leaves to the largest remainders.
-    exact = weights / weights.sum() * (request.samples - request.clients)
+    exact = shares * (request.samples - request.clients)
     sizes: IntArray = np.floor(exact).astype(np.int64) + 1
     left = request.samples - int(sizes.sum())
     sizes[np.argsort(sizes - exact, kind="stable")[:left]] += 1
     return sizes
+
+
+def _lognormal_shares(mean: float, request: Request, rng: Random) -> npt.NDArray[np.float64]:
+    """Return each client's part of the samples, by log-normal weights."""
+    weights: npt.NDArray[np.float64] = rng.lognormal(mean, request.sigma, request.clients)
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not (total > 0 and np.isfinite(total)):
+        raise InputError(f"data.sigma: sizes that spread by {request.sigma:g} cannot be computed; take a smaller one")
+    weights /= total
+    return weights
 
 
 def _cut(order: IntArray, sizes: IntArray) -> list[IntArray]:
@@ -154,8 +166,7 @@ def _per_client_replay(request: Request, rng: np.random.RandomState) -> list[Int
     samples, clients = request.samples, request.clients
     shuffled = rng.permutation(samples)
     stacks = [shuffled[request.labels[shuffled] == label].tolist() for label in range(request.classes)]
-    weights = rng.lognormal(np.log(samples // clients), request.sigma, clients)
-    sizes = np.floor(weights / weights.sum() * samples).astype(np.int64)
+    sizes = np.floor(_lognormal_shares(np.log(samples // clients), request, rng) * samples).astype(np.int64)
     sizes[0] += samples - sizes.sum()
     quota = sizes.tolist()
     mixtures = rng.dirichlet([request.beta] * request.classes, clients)
