@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +212,42 @@ def test_the_generator_lives_on_between_two_refinements(digits: Any) -> None:
         ([[1] * 10], "expected one row of class counts for each of 2 teachers"),
         ([1] * 10, "expected one row of class counts"),
         ([[0] * 10, [0] * 10], "zero everywhere"),
+        ([[0.9] * 10, [0.9] * 10], "not whole"),
+        ([[float("nan")] * 10, [1.0] * 10], "not whole"),
+        ([[float("inf")] * 10, [1.0] * 10], "not whole"),
+        ([["many"] * 10, [1] * 10], "cannot be read as a table of numbers"),
     ],
 )
 def test_class_counts_that_cannot_be_are_refused(digits: Any, counts: Any, says: str) -> None:
     with pytest.raises(fedstill.InputError, match=says):
         fedstill.FedFTG().distil(network(digits), [network(digits), network(digits)], counts, digits.shape)
+
+
+@pytest.mark.parametrize(("name", "keys"), [("FedFTG", {}), ("FedDF", {"patience": 0})])
+def test_a_refinement_refuses_other_settings_and_models_that_cannot_teach(
+    digits: Any, name: str, keys: dict[str, Any]
+) -> None:
+    method = getattr(fedstill, name)
+    with pytest.raises(fedstill.InputError, match=rf"expected {name}Settings\(\.\.\.\), not dict"):
+        method({"iterations": 1})
+    method = partial(method, getattr(fedstill, f"{name}Settings")(inputs="noise", **keys))
+    broken = network(digits)
+    next(broken.parameters()).data[0] = float("nan")
+    counts = [[1] * 10, [1] * 10]
+    with pytest.raises(fedstill.InputError, match="teacher 0 has weights that are not finite"):
+        method().distil(network(digits), [broken, network(digits)], counts, digits.shape)
+    with pytest.raises(fedstill.InputError, match="student has weights that are not finite"):
+        method().distil(broken, [network(digits), network(digits)], counts, digits.shape)
+    with pytest.raises(fedstill.InputError, match=r"teacher 1 is no torch\.nn\.Module"):
+        method().distil(network(digits), [network(digits), {}], counts, digits.shape)
+
+
+def test_a_refinement_that_diverges_leaves_the_student_as_it_was(digits: Any) -> None:
+    student, before = network(digits), network(digits)
+    keys: Any = {"inputs": "noise", "iterations": 2, "batch_size": 4, "lr_student": 1e30, "weight_decay_student": 1e10}
+    with pytest.raises(fedstill.RunError, match=r"fedftg made the student non-finite; a smaller lr_student or lr_gen"):
+        fedstill.FedFTG(fedstill.FedFTGSettings(**keys)).distil(student, [network(digits)], [[1] * 10], digits.shape)
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in student.state_dict().items())
 
 
 def test_the_oracles_inputs_are_refused_outside_a_simulation(digits: Any) -> None:

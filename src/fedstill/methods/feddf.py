@@ -73,6 +73,7 @@ from fedstill.methods.base import ClientWeights, FederationInfo, Refined, RoundC
 from fedstill.methods.refining import (
     Distilled,
     check_generator,
+    check_settings,
     generator_of_round,
     inputs_without_generator,
     refine_modules,
@@ -337,6 +338,9 @@ class FedDF:
     seed: int = 0
     augmentation: str = "none"
     name: str = "feddf"
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings, FedDFSettings)
 
     @property
     def needs_label_counts(self) -> bool:

@@ -60,6 +60,7 @@ from fedstill.methods.base import FederationInfo, Refined, RoundContext
 from fedstill.methods.refining import (
     Distilled,
     check_generator,
+    check_settings,
     generator_of_round,
     inputs_without_generator,
     refine_modules,
@@ -150,6 +151,9 @@ class FedFTG:
     needs_label_counts: bool = True
     needs_public: bool = False
     needs_validation: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings, FedFTGSettings)
 
     @property
     def simulation_only(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fedstill.data.dataset import Samples
 from fedstill.distill.inputs import AnyGenerator, Inputs, NoiseInputs, RealInputs, initial_generator, kept_generator
 from fedstill.distill.teachers import ModuleTeachers, Teachers
-from fedstill.errors import InputError
+from fedstill.errors import InputError, RunError
 from fedstill.methods.base import FederationInfo, Refined, RoundContext
 from fedstill.models.anatomy import check_width, split_state
 from fedstill.models.randomness import layers_draw_from
 from fedstill.models.stateless import Stateless
 from fedstill.rng import seed_of, torch_stream
-from fedstill.weights import State, Weights
+from fedstill.settings import Settings
+from fedstill.weights import State, Weights, finite
 
 Distilled = tuple[nn.Module, State, dict[str, float]]
 """The student, what the refinement keeps for its next call, and what it measured."""
@@ -57,6 +58,10 @@ def inputs_without_generator(
 class Refines(Protocol):
     """A method that checks a student and refines it."""
 
+    @property
+    def name(self) -> str:
+        """Its name, that of its table in the configuration."""
+
     def check(self, model: Stateless, info: FederationInfo) -> None:
         """Raise InputError where the settings do not fit."""
 
@@ -86,11 +91,16 @@ def refine_modules(
     Raises
     ------
     InputError
-        For counts, samples or models that do not go together; the student is as it was.
+        For counts, samples or models that do not go together, or weights that are not finite; the student is as it
+        was.
+    RunError
+        If the student's weights turned non-finite; it is as it was.
     """
+    models = {"student": student, **{f"teacher {place}": teacher for place, teacher in enumerate(teachers)}}
+    _check_modules(models)
     counts = _counts(class_counts, len(teachers))
     shape, classes = tuple(input_shape), counts.shape[1]
-    for module in (student, *teachers):
+    for module in models.values():
         check_width(module, shape, classes)
     params, buffers = split_state(student)
     like = next(iter(params.values()))
@@ -107,17 +117,43 @@ def refine_modules(
     with layers_draw_from(model.module, like.device, seed_of(seed, "layers", round)):
         ensemble = ModuleTeachers(teachers, counts)
         refined = method.refine(model, Weights(params, buffers), ensemble, state or {}, context)
+    if not refined.weights.all_finite():
+        raise RunError(
+            f"{method.name} made the student non-finite; a smaller lr_student or lr_generator usually helps; "
+            f"the student is as it was"
+        )
     student.load_state_dict({**refined.weights.params, **refined.weights.buffers}, strict=False)
     return student, refined.state, refined.metrics
 
 
+def check_settings(given: object, kind: type[Settings]) -> None:
+    """Raise InputError where a method is made with anything else than its settings."""
+    if not isinstance(given, kind):
+        raise InputError(f"settings: expected {kind.__name__}(...), not {type(given).__name__}")
+
+
+def _check_modules(models: Mapping[str, object]) -> None:
+    """Raise InputError where a model is no module, or has weights that are not finite."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{name} is no torch.nn.Module, it is of type {type(model).__name__}")
+        if not finite(model.state_dict().values()):
+            raise InputError(f"{name} has weights that are not finite; leave it out, or train it anew")
+
+
 def _counts(given: Tensor | Sequence[Sequence[int]], teachers: int) -> Tensor:
     """Return n_k^y, int64 (teachers, classes)."""
-    counts = torch.as_tensor(given, dtype=torch.int64, device="cpu")
-    if counts.dim() != 2 or len(counts) != teachers:
+    try:
+        given = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"class_counts cannot be read as a table of numbers ({error})") from error
+    if given.dim() != 2 or len(given) != teachers:
         raise InputError(
-            f"class_counts is {tuple(counts.shape)}, expected one row of class counts for each of {teachers} teachers"
+            f"class_counts is {tuple(given.shape)}, expected one row of class counts for each of {teachers} teachers"
         )
+    counts = given.to(torch.int64)
+    if not torch.equal(counts.to(given.dtype), given):
+        raise InputError("class_counts holds a number that is not whole: it says how many samples each class has")
     if int(counts.min()) < 0:
         raise InputError("class_counts holds a negative number")
     if int(counts.sum()) == 0:
