@@ -18,6 +18,7 @@ from fedstill.methods.fedftg import MODES as FEDFTG_MODES
 from fedstill.methods.fedftg import FedFTGSettings
 from fedstill.methods.scaffold import ScaffoldSettings
 from fedstill.settings import LARGEST_NUMBER
+from fedstill.studies.plan import Study
 from fedstill.weights import zeros_like
 
 
@@ -77,6 +78,9 @@ def test_a_key_like_no_other_gets_no_guess() -> None:
         ("[model]\nhidden = [10, 'a']\n", 2, "model.hidden: input should be a valid integer"),
         ("train = 5\n", 1, "train: "),
         ('method = "scaffold+fedftg"\nscaffold = "x"\n[fedftg]\nmode = "code"\n', 2, "scaffold: "),
+        ('\ndata = { clients = "x" }\n', 2, "data.clients: input should be a valid integer"),
+        ("\n\"data\" . 'beta' = 0\n", 2, "data.beta: input should be greater than 0"),
+        ("[[model]]\n\n[[model]]\nhidden = [0.5]\n", 4, "model.hidden: input should be a valid integer"),
         ("[fedftg]\nteacher = 'class'\n", 1, "teacher = 'class' makes one target of all teachers"),
     ],
 )
@@ -85,6 +89,30 @@ def test_a_file_is_refused_with_its_line(tmp_path: Path, text: str, line: int, s
     said = refusal(path=path)
     assert said.startswith(f"{path}:{line}: ")
     assert says in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ('[[variant]]\nname = "a"\n\n[[variant]]\nbase = "a"\n', 4, "variant.name: field required"),
+        ('[[variant]]\nname = "a"\n[variant.grid]\nx = []\n[[variant]]\nname = "b"\n', 4, "variant.grid.x: list"),
+        ('[grid]\n"data.beta" = []\n', 2, "grid.data.beta: list should have at least 1 item"),
+    ],
+)
+def test_a_study_is_refused_with_its_line(tmp_path: Path, text: str, line: int, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        Study.load(path)
+    assert str(caught.value).startswith(f"{path}:{line}: {says}")
+
+
+def test_an_overrides_own_fault_is_not_the_files(tmp_path: Path) -> None:
+    path = written(tmp_path, "[data]\nclients = 3\n")
+    assert refusal("data={clients = 'x'}", path=path).startswith("data.clients: ")
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "\ufeffdata.clients = 3\n")).data.clients == 3
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ from fedstill.training import LastBatch
 
 Table = dict[str, Any]
 
+_PART = r"""(?:[\w\-]+|"[^"]*"|'[^']*')"""
+_KEY = rf"{_PART}(?:\s*\.\s*{_PART})*"
+"""A TOML key as it may be written: bare or quoted parts with dots between them."""
+
 
 class SeedSettings(Settings):
     """``[seed]``: the two seeds. Methods of one pair of seeds share everything but the method."""
@@ -392,7 +396,7 @@ def read_toml(path: Path) -> tuple[Table, str]:
         If it is missing, unreadable or malformed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark before it
         return tomllib.loads(text), text
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
@@ -471,8 +475,9 @@ def _explain(
     """Return one line on the first problem; where it is, what is wrong, and the nearest right name."""
     problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # it may be why another is missing
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-    given = [override for override in overrides if override.partition("=")[0].strip() == key]
-    line = lines.get(".".join(str(part) for part in problem["loc"]), lines.get(key))
+    places = list(_outwards(problem["loc"]))
+    given = {override.partition("=")[0].strip() for override in overrides} & set(places)
+    line = next((lines[place] for place in places if place in lines), None)
     where = f"{path}:{line}: " if path and line and not given else f"{path}: " if path and not given else ""
     if problem["type"] == "extra_forbidden":
         near = nearest_key(key, model)
@@ -482,6 +487,13 @@ def _explain(
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool | list) else ""
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     return f"{where}{key or 'configuration'}: {message[:1].lower()}{message[1:]}{shown}{more}"
+
+
+def _outwards(loc: Sequence[str | int]) -> Iterator[str]:
+    """Yield a problem's key and those of the tables around it, each with the places in lists and without them."""
+    for end in range(len(loc), 0, -1):
+        yield ".".join(str(part) for part in loc[:end])
+        yield ".".join(part for part in loc[:end] if isinstance(part, str))
 
 
 def nearest_key(key: str, model: type[BaseModel] = Config) -> str | None:
@@ -497,19 +509,25 @@ def nearest_key(key: str, model: type[BaseModel] = Config) -> str | None:
 
 
 def _lines(text: str) -> dict[str, int]:
-    """Return the line of every key and table in a TOML text, as far as simple ``key = value`` lines tell."""
+    """Return the line of every key and table in a TOML text, as far as lines that begin with a key tell."""
     lines: dict[str, int] = {}
-    seen: Counter[str] = Counter()
-    prefixes = [""]
+    tables: Counter[str] = Counter()
+    prefix = ""
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*(\[\[?)\s*([\w.\-]+)\s*\]", line):
-            table = header[2]
-            prefixes = [f"{table}.", f"{table}.{seen[table]}."] if header[1] == "[[" else [f"{table}."]
-            seen[table] += 1
-            lines[table] = number
-        elif entry := re.match(r"\s*([\w.\-]+)\s*=", line):
-            lines |= {f"{prefix}{entry[1]}": number for prefix in prefixes}
+        if header := re.match(rf"\s*(\[\[?)\s*({_KEY})\s*\]", line):
+            name, dot, rest = _plain(header[2]).partition(".")
+            tables[name] += header[1] == "[["
+            place = f"{name}.{tables[name] - 1}{dot}{rest}" if tables[name] else f"{name}{dot}{rest}"
+            lines[place] = number
+            prefix = f"{place}."
+        elif entry := re.match(rf"\s*({_KEY})\s*=", line):
+            lines[f"{prefix}{_plain(entry[1])}"] = number
     return lines
+
+
+def _plain(key: str) -> str:
+    """Return a dotted key without its quotes and spaces."""
+    return re.sub(r"""["'\s]""", "", key)
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
