@@ -397,6 +397,9 @@ def test_other_cases_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.detail.startswith("local_fedavg: out/w_after_step is 0.001 from what is recorded")
     monkeypatch.setenv("FEDSTILL_GOLDEN", str(tmp_path))
     assert cases_of("fedavg").detail == found.detail
+    monkeypatch.setenv("FEDSTILL_GOLDEN", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"elsewhere has none of the reference cases.*FEDSTILL_GOLDEN"):
+        cases_of("fedavg")
 
 
 # The page and the command
@@ -451,6 +454,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (["--like", "moon"], "name it with --method"),
         (["moon", "--method", "math:sin"], "do not go together"),
         (["--references", "nowhere"], "there is no folder nowhere"),
+        (["scaffold", "--references", "."], "has none of the reference cases"),
     ],
 )
 def test_the_command_refuses(

@@ -13,6 +13,7 @@ from fedstill.conformance import averaging, feddf, feddistill, feddyn, fedftg, f
 from fedstill.conformance import references as references_
 from fedstill.conformance import refinements as refinements_
 from fedstill.conformance.findings import CHECKS, Check, DoesNotApply, Finding
+from fedstill.conformance.replays import REPLAYS, folder
 from fedstill.conformance.subject import Keys, Parts, Subject, of_factory, of_objects
 from fedstill.errors import InputError
 from fedstill.methods.base import LocalObjective, Method, Refinement
@@ -47,8 +48,9 @@ def conformance(
     Raises
     ------
     InputError
-        For an unknown name.
+        For an unknown name, or a folder without reference cases.
     """
+    _check_references(references)
     names = [*BASES, *(f"+{name}" for name in REFINEMENTS)] if names is None else names
     subjects = [subject for name in names for subject in named(name, None, keys or {})]
     return [found for subject in subjects for found in examine(replace(subject, references=references))]
@@ -89,8 +91,9 @@ def check_method(
     Raises
     ------
     InputError
-        For an unknown ``like`` or check, or something that is no method.
+        For an unknown ``like`` or check, something that is no method, or a folder without reference cases.
     """
+    _check_references(references)
     if only is not None and (strange := [one for one in only if one not in CHECKS]):
         raise unknown("check", strange[0], CHECKS)
     families = [*BASES, *REFINEMENTS]
@@ -98,6 +101,16 @@ def check_method(
         raise unknown("method (like)", like, families)
     subjects = subjects_of(method, name, like.removeprefix("+") if like else None, keys or {})
     return [found for one in subjects for found in examine(replace(one, references=references), only)]
+
+
+def _check_references(given: Path | None) -> None:
+    """Refuse a folder that has none of the cases: a check that compares nothing would pass."""
+    place = given or folder()
+    if not any((place / f"{case}.json").is_file() for case in REPLAYS):
+        raise InputError(
+            f"{place} has none of the reference cases, such as {next(iter(REPLAYS))}.json: name their folder with "
+            f"{'references' if given else 'FEDSTILL_GOLDEN'}"
+        )
 
 
 def subjects_of(
