@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from written import cell, line, write_index, write_run
@@ -422,11 +423,24 @@ def test_seconds_without_a_pre_training_that_was_there_are_remarked(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"last": 0}, "last: 0"), ({"targets": [70.0]}, "70 is no accuracy"), ({"on": "tset"}, "did you mean 'test'")],
+    [
+        ({"last": 0}, "last: 0"),
+        ({"last": 2.5}, "last: 2.5 rounds; name a whole number"),
+        ({"targets": [70.0]}, "70 is no accuracy"),
+        ({"targets": ["x"]}, "'x' is no accuracy"),
+        ({"targets": 0.7}, "0.7 is no list of accuracies"),
+        ({"on": "tset"}, "did you mean 'test'"),
+    ],
 )
 def test_options_that_make_no_sense(study: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         compare(study, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("paths", [None, 5, [None]])
+def test_what_is_no_path_is_refused(paths: Any) -> None:
+    with pytest.raises(InputError, match=r"paths: (None|5) is no path; name run directories"):
+        compare(paths)
 
 
 # Tables

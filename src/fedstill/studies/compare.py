@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,11 +177,8 @@ def compare(
         If a file is missing or damaged, no run is whole, runs cannot be compared, or a name is not there.
     """
     samples = _samples(on)
-    if last < 1:
-        raise InputError(f"last: {last} rounds; name 1 or more")
-    if wrong := [target for target in targets if not 0 < target <= 1]:
-        raise InputError(f"targets: {wrong[0]:g} is no accuracy; name parts of 1, such as 0.7 for 70 %")
-    found = read([Path(path) for path in ([paths] if isinstance(paths, Path | str) else paths)])
+    _check_options(last, targets)
+    found = read(_listed(paths))
     if not any(group.whole for group in found.groups):
         raise InputError(f"no run is finished; {_first_reason(found)}")
     wanted = _Wanted(samples, last, tuple(dict.fromkeys(targets)), baseline, anyway)
@@ -202,6 +200,27 @@ class _Wanted:
     targets: tuple[float, ...]
     baseline: str | None
     anyway: bool
+
+
+def _check_options(last: object, targets: object) -> None:
+    if not isinstance(last, int) or last < 1:
+        raise InputError(f"last: {last!r} rounds; name a whole number, 1 or more")
+    if not isinstance(targets, Iterable) or isinstance(targets, str):
+        raise InputError(f"targets: {targets!r} is no list of accuracies; write [0.7] for 70 %")
+    for goal in targets:
+        if not isinstance(goal, Real) or not 0 < float(goal) <= 1:
+            shown = f"{float(goal):g}" if isinstance(goal, Real) else repr(goal)
+            raise InputError(f"targets: {shown} is no accuracy; name parts of 1, such as 0.7 for 70 %")
+
+
+def _listed(paths: object) -> list[Path]:
+    every = paths if isinstance(paths, Iterable) and not isinstance(paths, str) else (paths,)
+    found = []
+    for path in every:
+        if not isinstance(path, Path | str):
+            raise InputError(f"paths: {path!r} is no path; name run directories, or one study")
+        found.append(Path(path))
+    return found
 
 
 def _samples(name: str) -> On:
