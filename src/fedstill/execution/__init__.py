@@ -1,4 +1,4 @@
-"""How the same numbers are computed: serially or on threads, on which device."""
+"""How the same numbers are computed: serially, on threads, in processes or as one batched model; on which device."""
 
 from fedstill.execution.executors import Executor, SerialExecutor, ThreadExecutor, intra_op_threads
 
