@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from fedstill.build import build
-from fedstill.data import RawDataSet, Unlabelled, load_dataset, load_raw
+from fedstill.data import RawDataSet, load_dataset, load_raw
 from fedstill.errors import InputError
 from small import small
 
@@ -67,11 +66,3 @@ def test_an_experiment_on_some_classes_knows_no_others() -> None:
     assert federation.info.num_classes == 3
     with pytest.raises(InputError, match=r"of digits.* which 10 is not; correct data\.classes"):
         build(small("data.classes=[8, 10]"))
-
-
-def test_unlabelled_images_are_taken_in_the_order_asked() -> None:
-    images = Unlabelled(torch.arange(4.0).view(4, 1, 1, 1))
-    taken = images.take([2, 0])
-    assert (len(images), len(taken)) == (4, 2)
-    assert taken.x.flatten().tolist() == [2, 0]
-    assert images.to("cpu").x is images.x

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedstill.data import Partition, client_parts, list_protocols, make_partition, notes, owned_test_shares, protocols
+from fedstill.data import Partition, client_parts, list_protocols, make_partition, notes, protocols
 from fedstill.errors import InputError
 
 PROTOCOLS = [name for name, _ in list_protocols()]
@@ -266,21 +266,6 @@ def test_per_subclass_that_cannot_be() -> None:
         make(fine % 2, 2, protocol="per-subclass", clients=3, samples_per_class=6, subclasses=np.where(fine, fine, 2))
     with pytest.raises(InputError, match=r"class 2 has no sample; take more data\.train_samples"):
         make(fine % 2, 3, protocol="per-subclass", clients=2, subclasses=fine)
-
-
-def test_test_shares_follow_the_classes_that_a_client_owns() -> None:
-    counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 4]])
-    labels = np.array([0, 1, 0, 2, 0, 2, 1, 0, 0, 2, 0, 0, 2, 2, 2])
-    # Class 0 has seven, two for each owner; class 1 has two, fewer than there are clients; class 2 has six.
-    shares = owned_test_shares(labels, counts)
-    assert [own.tolist() for own in shares] == [[0, 2, 3, 5], [4, 7], [9, 12]]
-    assert [own.dtype for own in shares] == [np.int64] * 3
-
-
-def test_test_shares_can_be_empty_and_refuse_other_labels() -> None:
-    assert [own.tolist() for own in owned_test_shares(np.zeros(0, int), np.ones((2, 3), int))] == [[], []]
-    with pytest.raises(InputError, match="beyond the 3 classes"):
-        owned_test_shares(np.array([0, 3]), np.ones((2, 3), int))
 
 
 @pytest.mark.parametrize(

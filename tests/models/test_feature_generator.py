@@ -30,12 +30,6 @@ def test_features_start_centred_and_scaled_before_the_last_activation():
     torch.testing.assert_close(before.var(0, correction=0), torch.ones(32), atol=0.01, rtol=0)
 
 
-def test_nonnegative_features():
-    features = draw(make(10, 4, 32, nonnegative=True), 64)
-    assert features.min() == 0
-    assert ((features > 0).sum(0) > 10).all()
-
-
 def test_noise_and_label_both_matter_and_every_parameter_has_a_gradient():
     model = make(6, 3, 5, hidden=8).double().eval()
     z, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])

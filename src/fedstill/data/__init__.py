@@ -1,9 +1,8 @@
 """Data: the sources, what an experiment takes of them, who holds it, and how it is augmented and drawn."""
 
 from fedstill.data.augment import augment, list_augmentations
-from fedstill.data.dataset import DataSet, RawDataSet, Samples, Unlabelled
-from fedstill.data.folder import load_folder
-from fedstill.data.partition import Partition, client_parts, list_protocols, make_partition, notes, owned_test_shares
+from fedstill.data.dataset import DataSet, RawDataSet, Samples
+from fedstill.data.partition import Partition, client_parts, list_protocols, make_partition, notes
 from fedstill.data.picture import draw_partition
 from fedstill.data.sources import list_datasets, load_dataset, load_raw
 from fedstill.data.splits import Splits, split
@@ -14,7 +13,6 @@ __all__ = [
     "RawDataSet",
     "Samples",
     "Splits",
-    "Unlabelled",
     "augment",
     "client_parts",
     "draw_partition",
@@ -22,10 +20,8 @@ __all__ = [
     "list_datasets",
     "list_protocols",
     "load_dataset",
-    "load_folder",
     "load_raw",
     "make_partition",
     "notes",
-    "owned_test_shares",
     "split",
 ]

@@ -83,30 +83,6 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Unlabelled:
-    """Images without labels, on one device.
-
-    Attributes
-    ----------
-    x : Tensor, (N, C, H, W) float32
-        Normalised images.
-    """
-
-    x: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, indices: Indices) -> Unlabelled:
-        """Return a copy of the images at ``indices`` (n,), in that order, on the same device."""
-        return Unlabelled(self.x[torch.as_tensor(indices, dtype=torch.int64, device=self.x.device)])
-
-    def to(self, device: torch.device | str) -> Unlabelled:
-        """Return the images on ``device``; nothing is copied when they are there already."""
-        return Unlabelled(self.x.to(device))
-
-
-@dataclass(frozen=True, eq=False)
 class DataSet:
     """A whole data set, normalised.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import tokenize
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from PIL import Image  # needed by matplotlib too, so that it is always there
 from torch import Tensor
 
-from fedstill.data.dataset import ByteArray, Unlabelled
+from fedstill.data.dataset import ByteArray
 from fedstill.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".npy")
@@ -23,12 +22,7 @@ _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, tokenize.TokenError, zlib.error)
 
 
-def load_folder(
-    path: Path | str,
-    shape: tuple[int, int, int],
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Unlabelled:
+def read_folder(path: Path | str, shape: tuple[int, int, int]) -> ByteArray:
     """Read every image under a folder, in the order of the paths below it.
 
     Files with the suffixes .png, .jpg, .jpeg, .webp and .npy are read, in capitals too; others are left alone. A
@@ -41,22 +35,18 @@ def load_folder(
         The folder; folders in it are searched too.
     shape : (int, int, int)
         Channels (1 or 3), height and width that every image must have.
-    mean, std : sequence of float, optional
-        Normalisation, one value per channel, of pixels divided by 255; give both or neither. By default
-        the mean and the standard deviation of all pixels under the folder, by channel.
+
+    Returns
+    -------
+    uint8 array, (N, H, W, C)
+        Not normalised yet.
 
     Raises
     ------
     InputError
         For a folder that is missing or has no image; a file that is unreadable or of another size or type, which
-        it names; images that are all alike without a given normalisation; a shape or constants that cannot be.
+        it names; a shape that cannot be.
     """
-    given = _constants(mean, std, shape[0])
-    return Unlabelled(normalised(read_folder(path, shape), path, given))
-
-
-def read_folder(path: Path | str, shape: tuple[int, int, int]) -> ByteArray:
-    """Return the images (N, H, W, C) under a folder as :func:`load_folder` reads them, not normalised yet."""
     channels, height, width = shape
     if channels not in (1, 3) or height < 1 or width < 1:
         raise InputError(f"images are read as (1, H, W) or (3, H, W), not as {tuple(shape)}")
@@ -67,34 +57,27 @@ def read_folder(path: Path | str, shape: tuple[int, int, int]) -> ByteArray:
     return pixels
 
 
-def normalised(pixels: ByteArray, path: Path | str, constants: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Return a folder's images as (N, C, H, W), by the constants given or by their own."""
+def normalised(pixels: ByteArray, path: Path | str) -> Tensor:
+    """Return a folder's images as (N, C, H, W), by the mean and the standard deviation of all, by channel.
+
+    Raises
+    ------
+    InputError
+        For images whose pixels are all alike.
+    """
     count, height, width, channels = pixels.shape
     # Copied out of the view with the channels last, so that the batches are laid out as those of other sources.
     x = torch.empty((count, channels, height, width)).copy_(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     x.div_(255)
-    centre, spread = constants or _own_constants(x, Path(path))
-    return x.sub_(centre.view(-1, 1, 1)).div_(spread.view(-1, 1, 1))
+    mean, std = _constants(x, Path(path))
+    return x.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
-def _constants(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[Tensor, Tensor] | None:
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None or len(mean) != channels or len(std) != channels or not min(std) > 0:
-        raise InputError(
-            f"mean and std must both have {channels} numbers, those of std above 0, or both be left out; "
-            f"they are {mean} and {std}"
-        )
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-
-
-def _own_constants(x: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+def _constants(x: Tensor, path: Path) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (C,) of images (N, C, H, W)."""
     if bool((x.amin(dim=(0, 2, 3)) == x.amax(dim=(0, 2, 3))).any()):
         raise InputError(
-            f"{path}: all pixels of a channel are equal, which gives no std to divide by; give mean and std"
+            f"{path}: all pixels of a channel are equal, which gives no std to divide by; take images that differ"
         )
     std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
     return mean, std

@@ -199,42 +199,6 @@ def client_parts(
     return parts
 
 
-def owned_test_shares(test_labels: npt.NDArray[np.integer], counts: IntArray) -> list[IntArray]:
-    """Return each client's own part of a common test set, by the classes that it trains on (FedGen's users).
-
-    Of every class with n test samples each client that owns the class gets floor(n / clients), disjoint and in the
-    order of the clients; what is left is nobody's. A client may get none.
-
-    Parameters
-    ----------
-    test_labels : integer array, (N,)
-        Labels of the test samples, from 0.
-    counts : int64 array, (clients, classes)
-        Training samples of each class at each client, such as :attr:`Partition.counts`; above 0 owns the class.
-
-    Returns
-    -------
-    list of int64 array, each (n_k,)
-        Positions in the test samples, by client, class by class.
-
-    Raises
-    ------
-    InputError
-        For labels beyond the classes of ``counts``.
-    """
-    clients, classes = counts.shape
-    labels = np.asarray(test_labels, dtype=np.int64)
-    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
-        raise InputError(f"the test labels go beyond the {classes} classes that the clients' counts have")
-    shares: list[list[IntArray]] = [[np.zeros(0, np.int64)] for _ in range(clients)]
-    for label in range(classes):
-        members = np.flatnonzero(labels == label)
-        each = len(members) // clients
-        for place, client in enumerate(np.flatnonzero(counts[:, label])):
-            shares[client].append(members[place * each : (place + 1) * each])
-    return [np.concatenate(own) for own in shares]
-
-
 def notes(partition: Partition, class_names: Sequence[str], batch_size: int | None) -> list[str]:
     """Return one line on each thing about a partition that is allowed but worth knowing.
 

@@ -17,7 +17,7 @@ class FeatureGenerator(nn.Module):
 
     The last BN ties the scale of the features to its weights, one per feature; an adversarial generator could
     otherwise make any teachers disagree by making features large. LeakyReLU after it excludes no feature, so
-    the default serves heads after a ReLU and heads after a linear layer alike. All linear layers are without
+    it serves heads after a ReLU and heads after a linear layer alike. All linear layers are without
     bias: a BN follows, which would take it away.
 
     Parameters
@@ -30,9 +30,6 @@ class FeatureGenerator(nn.Module):
         Width D of the features.
     hidden : int
         Units of the first linear layer, even; by default 256.
-    nonnegative : bool
-        Whether the last activation is ReLU, for heads that only ever see features after a ReLU; by default
-        False.
 
     Raises
     ------
@@ -40,7 +37,7 @@ class FeatureGenerator(nn.Module):
         A width is below 1, or ``hidden`` is odd.
     """
 
-    def __init__(self, nz: int, num_classes: int, width: int, hidden: int = 256, *, nonnegative: bool = False) -> None:
+    def __init__(self, nz: int, num_classes: int, width: int, hidden: int = 256) -> None:
         super().__init__()
         if min(nz, num_classes, width, hidden) < 1 or hidden % 2:
             raise InputError(
@@ -57,7 +54,7 @@ class FeatureGenerator(nn.Module):
             nn.LeakyReLU(0.2),
             nn.Linear(hidden, width, bias=False),
             nn.BatchNorm1d(width),
-            nn.ReLU() if nonnegative else nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2),
         )
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
