@@ -230,7 +230,7 @@ def scene(norm: bool = True, **keys: object) -> Distillation:
     model = Stateless(network(0, norm).double())
     teachers = [weights_of(network(number, norm).double()) for number in (1, 2, 3)]
     with initial_weights(stream("maker")):
-        maker = ConditionalGenerator(settings.noise_dim, 4, SHAPE, ngf=2).double()
+        maker = ConditionalGenerator(settings.noise_dim, 4, SHAPE, width=2).double()
     return Distillation(
         settings,
         model,

@@ -11,7 +11,7 @@ def make(*args, **options) -> FeatureGenerator:
 
 
 def draw(model: FeatureGenerator, batch: int) -> torch.Tensor:
-    z = torch.randn(batch, model.nz, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(batch, model.noise_dim, generator=torch.Generator().manual_seed(1))
     return model(z, torch.arange(batch) % model.num_classes)
 
 
@@ -19,7 +19,7 @@ def test_size_by_hand():
     # Embeddings 5 x 4 and 3 x 4, linear 8 x 8 and 8 x 6, BatchNorm 2 x 8 and 2 x 6.
     model = make(5, 3, 6, hidden=8)
     assert parameter_count(model) == 20 + 12 + 64 + 48 + 16 + 12
-    assert (model.nz, model.num_classes) == (5, 3)
+    assert (model.noise_dim, model.num_classes) == (5, 3)
 
 
 def test_features_start_centred_and_scaled_before_the_last_activation():

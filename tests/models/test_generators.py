@@ -18,7 +18,7 @@ def test_published_sizes(nz, classes, count):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 8, 12)])
 def test_images_of_any_shape_are_normalised_in_train_mode(shape):
-    model = ConditionalGenerator(5, 3, shape, ngf=8)
+    model = ConditionalGenerator(5, 3, shape, width=8)
     images = model(torch.randn(12, 5), torch.arange(12) % 3)
     assert images.shape == (12, *shape)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
@@ -29,7 +29,7 @@ def golden() -> tuple[ConditionalGenerator, dict, dict]:
     about = json.loads(GOLDEN.with_suffix(".json").read_text())
     with np.load(GOLDEN.with_suffix(".npz")) as arrays:
         data = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    return ConditionalGenerator(100, 4, (3, 8, 8), ngf=3), about, data
+    return ConditionalGenerator(100, 4, (3, 8, 8), width=3), about, data
 
 
 def test_flat_state_has_the_layout_of_the_released_code():
@@ -61,7 +61,7 @@ def test_first_images_of_the_released_code():
 
 
 def test_biases_before_norm_have_no_gradient():
-    model = ConditionalGenerator(6, 3, (1, 8, 8), ngf=4).double()
+    model = ConditionalGenerator(6, 3, (1, 8, 8), width=4).double()
     images = model(torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3)
     (images * torch.randn_like(images)).sum().backward()
     largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}

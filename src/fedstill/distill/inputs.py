@@ -129,7 +129,7 @@ def initial_generator(
         if len(shape) == 1:
             made = FeatureGenerator(noise_dim, num_classes, shape[0], hidden=4 * width)
         else:
-            made = ConditionalGenerator(noise_dim, num_classes, shape, ngf=width)
+            made = ConditionalGenerator(noise_dim, num_classes, shape, width=width)
     return made.to(device)
 
 

@@ -22,7 +22,7 @@ class FeatureGenerator(nn.Module):
 
     Parameters
     ----------
-    nz : int
+    noise_dim : int
         Width of the noise.
     num_classes : int
         Number of labels.
@@ -37,16 +37,16 @@ class FeatureGenerator(nn.Module):
         A width is below 1, or ``hidden`` is odd.
     """
 
-    def __init__(self, nz: int, num_classes: int, width: int, hidden: int = 256) -> None:
+    def __init__(self, noise_dim: int, num_classes: int, width: int, hidden: int = 256) -> None:
         super().__init__()
-        if min(nz, num_classes, width, hidden) < 1 or hidden % 2:
+        if min(noise_dim, num_classes, width, hidden) < 1 or hidden % 2:
             raise InputError(
-                "the feature generator needs nz, num_classes, width and hidden of at least 1 and an even hidden, "
-                f"not {nz}, {num_classes}, {width} and {hidden}"
+                "the feature generator needs noise_dim, num_classes, width and hidden of at least 1, "
+                f"and an even hidden, not {noise_dim}, {num_classes}, {width} and {hidden}"
             )
-        self.nz = nz
+        self.noise_dim = noise_dim
         self.num_classes = num_classes
-        self.from_noise = nn.Linear(nz, hidden // 2, bias=False)
+        self.from_noise = nn.Linear(noise_dim, hidden // 2, bias=False)
         self.from_label = nn.Linear(num_classes, hidden // 2, bias=False)
         self.blocks = nn.Sequential(
             nn.Linear(hidden, hidden, bias=False),
@@ -58,7 +58,7 @@ class FeatureGenerator(nn.Module):
         )
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return features (B, width) for noise ``z`` (B, nz) and int64 labels ``y`` (B,)."""
+        """Return features (B, width) for noise ``z`` (B, noise_dim) and int64 labels ``y`` (B,)."""
         one_hot = F.one_hot(y, self.num_classes).to(z.dtype)
         out: Tensor = self.blocks(torch.cat([self.from_noise(z), self.from_label(one_hot)], dim=1))
         return out

@@ -69,9 +69,11 @@ def _module(description: Mapping[str, Any]) -> nn.Module:
         widths = [hidden, *(shape[f"l{layer}.weight"][0] for layer in (1, 2, 3))]
         return TinyFedCon(channels, maps, flat, widths)
     if name == "ConditionalGeneratorA":
-        channels, ngf = shape["conv_blocks2.3.weight"][:2]
-        side = 4 * round((shape["l1.0.weight"][0] / ngf) ** 0.5)
-        return ConditionalGenerator(shape["l1.0.weight"][1], shape["l2.0.weight"][1], (channels, side, side), ngf=ngf)
+        channels, width = shape["conv_blocks2.3.weight"][:2]
+        side = 4 * round((shape["l1.0.weight"][0] / width) ** 0.5)
+        return ConditionalGenerator(
+            shape["l1.0.weight"][1], shape["l2.0.weight"][1], (channels, side, side), width=width
+        )
     raise Disagrees(f"there is no tiny model {name!r} to replay it with")
 
 
