@@ -26,7 +26,7 @@ from fedstill.methods.fedmd import FedMDSettings
 from fedstill.methods.fedprox import FedProxSettings
 from fedstill.methods.moon import MoonSettings
 from fedstill.methods.scaffold import ScaffoldSettings
-from fedstill.settings import ModedSettings, Settings
+from fedstill.settings import ModedSettings, Settings, none_as
 from fedstill.training import LastBatch
 
 Table = dict[str, Any]
@@ -165,10 +165,7 @@ class LocalSettings(Settings):
     clip_norm: float | None = Field(10.0, gt=0)
     """Largest norm of the gradient; "none" switches the clip off."""
 
-    @field_validator("clip_norm", mode="before")
-    @classmethod
-    def _none_is_a_word(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    _none_switches_off = field_validator("clip_norm", mode="before")(none_as(None))
 
 
 class EvalSettings(Settings):
@@ -356,26 +353,15 @@ def _let_an_overriding_mode_speak(table: Table, overridden: set[str]) -> None:
 
     A run's ``config.toml`` holds every key; without this a mode given on the command line would set none.
     """
-    fedftg, scaffold, moon = table.get("fedftg"), table.get("scaffold"), table.get("moon")
-    if "moon.mode" in overridden and isinstance(moon, dict):
-        _forget_mode(moon, MoonSettings)
-    if "fedftg.mode" in overridden:
-        if (
-            isinstance(scaffold, dict)
-            and _forget_mode(scaffold, ScaffoldSettings)
-            and "scaffold.mode" not in overridden
-        ):
-            scaffold.pop("mode", None)
-        if isinstance(fedftg, dict):
-            _forget_mode(fedftg, FedFTGSettings)
-    elif "scaffold.mode" in overridden and isinstance(scaffold, dict):
-        _forget_mode(scaffold, ScaffoldSettings)
-    if "feddf.mode" in overridden and isinstance(feddf := table.get("feddf"), dict):
-        _forget_mode(feddf, FedDFSettings)
-    if "fedmd.mode" in overridden and isinstance(fedmd := table.get("fedmd"), dict):
-        _forget_mode(fedmd, FedMDSettings)
-    if "fedgen.mode" in overridden and isinstance(fedgen := table.get("fedgen"), dict):
-        _forget_mode(fedgen, FedGenSettings)
+    given = {name: own for name, own in table.items() if isinstance(own, dict)}
+    if "fedftg.mode" in overridden and "scaffold" in given:
+        complete = _forget_mode(given["scaffold"], ScaffoldSettings)
+        if complete and "scaffold.mode" not in overridden:
+            given["scaffold"].pop("mode", None)
+    kinds = {name: field.annotation for name, field in Config.model_fields.items() if f"{name}.mode" in overridden}
+    for name, kind in kinds.items():
+        if name in given and isinstance(kind, type) and issubclass(kind, ModedSettings):
+            _forget_mode(given[name], kind)
 
 
 def _forget_mode(table: Table, settings: type[ModedSettings]) -> bool:

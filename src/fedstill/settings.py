@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -50,3 +51,8 @@ class ModedSettings(Settings):
         touched = {key for keys in cls.MODES.values() for key in keys}
         own = cls.MODES.get(mode, {})
         return {key: own.get(key, cls.model_fields[key].default) for key in sorted(touched)}
+
+
+def none_as(value: object) -> Callable[[object], object]:
+    """Return a validator that reads the word ``none``, which TOML has no value for, as ``value``."""
+    return lambda given: value if given == "none" else given

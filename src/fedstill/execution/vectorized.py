@@ -24,6 +24,7 @@ from fedstill.data.dataset import Share
 from fedstill.errors import RunError
 from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
 from fedstill.methods.base import LocalObjective, Turn
+from fedstill.models.anatomy import split_state
 from fedstill.models.layers import Dropout
 from fedstill.models.randomness import random_layers
 from fedstill.models.stateless import Stateless
@@ -120,7 +121,7 @@ def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...])
     module = model.module
     if random_layers(module) or any(isinstance(part, Dropout) for part in module.modules()):
         return "layers of its model draw random numbers"
-    params, buffers = _repeated(dict(module.named_parameters())), _repeated(_persistent(module))
+    params, buffers = (_repeated(part) for part in split_state(module))
     like = next(iter(params.values()))
     x = torch.zeros((2, 2, *shape), dtype=like.dtype, device=like.device)
 
@@ -387,8 +388,3 @@ def _over(values: Tensor, like: Tensor) -> Tensor:
 
 def _repeated(tensors: Tensors) -> Stack:
     return {name: torch.stack([value.detach(), value.detach()]) for name, value in tensors.items()}
-
-
-def _persistent(module: torch.nn.Module) -> Tensors:
-    kept = module.state_dict().keys()
-    return {name: value for name, value in module.named_buffers() if name in kept}

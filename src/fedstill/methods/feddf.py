@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -80,7 +80,7 @@ from fedstill.methods.refining import (
 )
 from fedstill.models.stateless import Stateless
 from fedstill.names import unknown
-from fedstill.settings import ModedSettings
+from fedstill.settings import ModedSettings, none_as
 from fedstill.training import SGD, gradients
 from fedstill.weights import State, Weights
 
@@ -166,10 +166,7 @@ class FedDFSettings(ModedSettings):
     freeze_unused_biases: bool = True
     """Keep the generator's biases that a BatchNorm takes away still (reproducibility)."""
 
-    @field_validator("clip_norm", mode="before")
-    @classmethod
-    def _none_is_a_word(cls, value: Any) -> Any:
-        return 0.0 if value == "none" else value
+    _none_switches_off = field_validator("clip_norm", mode="before")(none_as(0.0))
 
     def generator_phase(self) -> DistillationSettings:
         """Return the generator's keys as the distillation loop has them: no mining, all teachers alike."""
