@@ -25,6 +25,7 @@ from fedstill.errors import InputError, RunError
 from fedstill.experiment import Result, resume, run
 from fedstill.federation import Record
 from fedstill.runs import RunDirectory, read_metrics
+from fedstill.runs.directory import metrics_up_to
 from small import same_state, same_weights, small, untimed
 from stopping import Stop, last_state, stopped, store_of
 
@@ -247,6 +248,53 @@ def test_a_damaged_metrics_line_before_the_last_is_refused(finished: Path) -> No
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: damaged line"):
         resume(finished)
     assert files(finished)["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        (3, r"round 4 is missing, .*; put .* to go on from round-00003 instead, remove .*/round-00004\.json$"),
+        (1, r"rounds 2 to 4 are missing, .*; put .* to begin again at round 1, remove .*/checkpoints and give"),
+        (0.5, "rounds 1 to 4 are missing"),
+        (0, "rounds 1 to 4 are missing"),
+        (None, "rounds 1 to 4 are missing"),
+    ],
+)
+def test_metrics_that_end_before_the_checkpoint_are_refused(
+    finished: Path, kept: float | None, says: str, whole_runs: dict[str, tuple[Path, Result]]
+) -> None:
+    file = finished / "metrics.jsonl"
+    written = file.read_text().splitlines(keepends=True)
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_text(written[0][:40] if kept == 0.5 else "".join(written[: int(kept)]))
+    before = files(finished)
+    with pytest.raises(InputError, match=rf"metrics\.jsonl: {says}") as caught:
+        resume(finished)
+    assert "\n" not in str(caught.value)
+    assert files(finished) == before
+    if kept == 3:
+        (finished / "checkpoints/round-00004.json").unlink()
+    else:
+        shutil.rmtree(finished / "checkpoints")
+    assert_same_run(finished, resume(finished), *whole_runs["scaffold+fedftg"])
+
+
+def test_metrics_without_a_round_in_their_middle_are_refused(finished: Path) -> None:
+    file = finished / "metrics.jsonl"
+    written = file.read_text().splitlines(keepends=True)
+    file.write_text(written[0] + written[3])
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: round 4 stands where round 2 belongs; remove this line"):
+        resume(finished)
+
+
+@pytest.mark.parametrize("last", ["3", "{}", '{"round": 4}', '{"round": "4", "bytes": {}, "seconds": {}}'])
+def test_a_last_line_that_is_no_rounds_is_refused(finished: Path, last: str) -> None:
+    file = finished / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]) + last + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl:4: not a round's metrics.*; remove this line"):
+        metrics_up_to(finished, 4)
 
 
 def flip(path: Path, at: int = -100) -> None:

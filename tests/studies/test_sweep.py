@@ -74,6 +74,12 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+def cut(path: Path) -> None:
+    """Leave a run's first line of metrics alone."""
+    file = path / "metrics.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+
+
 SWEEPING, SEARCHING = import_module("fedstill.studies.sweep"), import_module("fedstill.studies.search")
 
 
@@ -272,6 +278,22 @@ def test_a_full_disk_ends_all_with_one_error(tmp_path: Path) -> None:
     assert not list(out.rglob("failed.txt"))
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_with_lines_of_its_metrics_missing_has_failed_until_it_is_made_anew(
+    done: tuple[Study, Path], swept: tuple[Path, Outcome, str]
+) -> None:
+    study, out = done
+    cut(out / "a" / "seed-1")
+    told = CliRunner().invoke(cli.app, ["sweep", str(study.path), "--out", str(out)])
+    assert told.exit_code == 1
+    (line,) = (line for line in told.output.splitlines() if line.startswith("failed: A, seed 1, in "))
+    assert "metrics.jsonl: rounds 2 to 3 are missing" in line
+    assert line.endswith(f"; or remove {out / 'a/seed-1'}, and a sweep runs it anew")
+    shutil.rmtree(out / "a" / "seed-1")
+    assert sweep(study, out=out, workers=1).failed == ()
+    assert metrics(out) == metrics(swept[0])
+
+
 # What is refused
 
 
@@ -327,8 +349,8 @@ def test_folders_that_hold_something_else_are_refused(done: tuple[Study, Path], 
 
 def test_another_process_is_not_disturbed(done: tuple[Study, Path]) -> None:
     study, out = done
-    lines = (out / "b" / "seed-1" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "b" / "seed-1" / "metrics.jsonl").write_text(lines[0])
+    cut(out / "b" / "seed-1")
+    shutil.rmtree(out / "b" / "seed-1" / "checkpoints")
     with lock(out / "b" / "seed-1"), pytest.raises(InputError, match="another process is running it"):
         sweep(study, out=out)
 
@@ -356,7 +378,8 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(
 def test_dry_run_says_what_would_be_run_and_writes_nothing(done: tuple[Study, Path]) -> None:
     study, out = done
     shutil.rmtree(out / "b" / "seed-1")
-    (out / "a" / "seed-1" / "metrics.jsonl").write_text((out / "a/seed-1/metrics.jsonl").read_text().partition("\n")[0])
+    cut(out / "a" / "seed-1")
+    shutil.rmtree(out / "a" / "seed-1" / "checkpoints")
     before = files(out)
     told = CliRunner().invoke(cli.app, ["sweep", str(study.path), "--out", str(out), "--dry-run"])
     assert told.exit_code == 0
@@ -510,6 +533,7 @@ class Pretended:
             lines = [
                 {
                     "round": round,
+                    "bytes": {},
                     "seconds": {},
                     "fused": {"validation": {"accuracy": 1 - abs(one.cell.config.local.lr - 0.1) - 0.01 * (2 - round)}},
                 }

@@ -100,13 +100,13 @@ class CheckpointStore:
             For a corrupt or foreign checkpoint; it names the file, and an older one that could be used. With client
             states on disk a client's file is checked when it is read.
         """
-        manifests = self._manifests()
-        if not manifests:
+        found = manifests(self.root)
+        if not found:
             return None
         try:
-            return self._load(manifests[-1])
+            return self._load(found[-1])
         except InputError as error:
-            older = f"; to go on from {manifests[-2].stem} instead, remove {manifests[-1]}" if manifests[1:] else ""
+            older = f"; to go on from {found[-2].stem} instead, remove {found[-1]}" if found[1:] else ""
             raise InputError(f"{error}{older}") from error
 
     def _load(self, path: Path) -> FederationState:
@@ -160,12 +160,8 @@ class CheckpointStore:
                 live[client] = StoredState(self.root, client, int(line["round"]), str(line["sha256"]), self.device)
         return index, live, counts
 
-    def _manifests(self) -> list[Path]:
-        found = (self.root / "checkpoints").glob("round-*.json")
-        return sorted(found, key=lambda path: (len(path.name), path.name))
-
     def _remove_old(self, round: int) -> None:
-        kept = self._manifests()[-self.keep :]
+        kept = manifests(self.root)[-self.keep :]
         named = set(kept)
         rounds: list[int] = []
         files: list[StoredState] = []
@@ -188,6 +184,17 @@ class CheckpointStore:
         self.files.remove(rounds)
 
 
+def manifests(root: Path) -> list[Path]:
+    """Return the files that name a run's checkpoints, the newest last."""
+    found = (file for file in (root / "checkpoints").glob("round-*.json") if file.stem[len("round-") :].isdecimal())
+    return sorted(found, key=round_of)
+
+
+def round_of(manifest: Path) -> int:
+    """Return the round after which a checkpoint was written."""
+    return int(manifest.stem.removeprefix("round-"))
+
+
 def newest_state(root: Path) -> FederationState | None:
     """Return the state of a run's newest checkpoint to look at, on the CPU; None where there is none.
 
@@ -200,13 +207,13 @@ def newest_state(root: Path) -> FederationState | None:
         For a corrupt checkpoint.
     """
     store = CheckpointStore(root, 1, "", client_states="disk")
-    manifests = store._manifests()
-    if not manifests:
+    found = manifests(root)
+    if not found:
         return None
     try:
-        store.fingerprint = str(json.loads(manifests[-1].read_text())["fingerprint"])
+        store.fingerprint = str(json.loads(found[-1].read_text())["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{manifests[-1]}: not a checkpoint, or a damaged one") from error
+        raise InputError(f"{found[-1]}: not a checkpoint, or a damaged one") from error
     return store.load()
 
 

@@ -29,7 +29,7 @@ from fedstill.data.fingerprint import Fingerprints, differing
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.federation import Federation
-from fedstill.runs.checkpoint import CheckpointStore
+from fedstill.runs.checkpoint import CheckpointStore, manifests, round_of
 from fedstill.runs.environment import environment
 from fedstill.runs.files import disk_errors, sha256, write_atomically
 
@@ -127,8 +127,14 @@ class RunDirectory:
         return RunDirectory(path, federation.config, _store(path, federation.config, federation), _lock=lock(path))
 
     def cut_metrics(self, round: int) -> list[Record]:
-        """Keep the whole metrics lines up to ``round`` and return them."""
-        kept = [record for record in read_metrics(self.path) if int(str(record["round"])) <= round]
+        """Keep the whole metrics lines up to ``round`` and return them.
+
+        Raises
+        ------
+        InputError
+            If some of them are missing or damaged; nothing is written.
+        """
+        kept = metrics_up_to(self.path, round)[:round]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
         return kept
 
@@ -232,12 +238,12 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return the rounds of a run; a last line that was cut short is left out.
+    """Return the rounds of a run, from the first on; a last line that was cut short is left out.
 
     Raises
     ------
     InputError
-        If a line before the last one is damaged.
+        If a line before the last one is damaged, a line is no round's, or a round is missing before another.
     """
     file = path / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -248,7 +254,45 @@ def read_metrics(path: Path) -> list[Record]:
         except ValueError as error:
             if number < len(lines):
                 raise InputError(f"{file}:{number}: damaged line") from error
+    for number, record in enumerate(records, 1):
+        _check_line(f"{file}:{number}", number, record)
     return records
+
+
+def _check_line(where: str, number: int, record: object) -> None:
+    """Refuse a line that is not the metrics of round ``number``."""
+    go_on = "remove this line and those after it, and go on with 'fedstill resume'"
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not a round's metrics; {go_on}")
+    for key, kind in {"round": int, "bytes": dict, "seconds": dict}.items():
+        if not isinstance(record.get(key), kind):
+            raise InputError(f"{where}: not a round's metrics ({key}: missing or no {kind.__name__}); {go_on}")
+    if record["round"] != number:
+        raise InputError(f"{where}: round {record['round']} stands where round {number} belongs; {go_on}")
+
+
+def metrics_up_to(path: Path, round: int) -> list[Record]:
+    """Return the rounds of a run of which a checkpoint knows ``round``.
+
+    Raises
+    ------
+    InputError
+        If the metrics are damaged, or have fewer rounds: a checkpoint is written after the lines that it counts on.
+    """
+    records = read_metrics(path)
+    there = len(records)
+    if there >= round:
+        return records
+    missing = f"round {round} is" if there + 1 == round else f"rounds {there + 1} to {round} are"
+    later = [file for file in manifests(path) if round_of(file) > there]
+    if older := [file for file in manifests(path) if round_of(file) <= there]:
+        back = f"to go on from {older[-1].stem} instead, remove {' and '.join(map(str, later))}"
+    else:
+        back = f"to begin again at round 1, remove {path / 'checkpoints'} and give 'fedstill resume {path}'"
+    raise InputError(
+        f"{path / 'metrics.jsonl'}: {missing} missing, though there is a checkpoint of round {round}; put the file "
+        f"back, or {back}"
+    )
 
 
 def flatten(record: Mapping[str, object], prefix: str = "") -> list[tuple[str, float]]:

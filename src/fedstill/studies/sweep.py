@@ -25,7 +25,8 @@ from fedstill.experiment import resume, run
 from fedstill.methods.registry import compose
 from fedstill.pool import Failure, outcomes
 from fedstill.progress import Reporter, Tell, seconds_spent
-from fedstill.runs.directory import RunDirectory, lock, read_metrics, write_json
+from fedstill.runs.checkpoint import manifests, round_of
+from fedstill.runs.directory import RunDirectory, lock, metrics_up_to, write_json
 from fedstill.runs.files import write_atomically
 from fedstill.studies.display import Pace, StudyDisplay
 from fedstill.studies.plan import COPY, Cell, Study, copy_of
@@ -188,12 +189,12 @@ def listed_in(folder: Path) -> set[str]:
 
 
 def standing(cell: Cell, folder: Path) -> Standing:
-    """Return how far a run is.
+    """Return how far a run is; one whose metrics are damaged has failed.
 
     Raises
     ------
     InputError
-        If its directory holds a run with another configuration, a damaged one, or one that another process runs.
+        If its directory holds a run with another configuration, or one that another process runs.
     """
     path = folder / cell.directory
     failed = path / FAILED
@@ -204,7 +205,11 @@ def standing(cell: Cell, folder: Path) -> Standing:
         raise InputError(
             f"{path}: this run has {key}; name another folder with --out, or remove the directory to run it anew"
         )
-    records = read_metrics(path)
+    saved = manifests(path)  # before the metrics, which a run that is under way writes first
+    try:
+        records = metrics_up_to(path, round_of(saved[-1]) if saved else 0)
+    except InputError as error:
+        return Standing(cell, "failed", reason=f"{error}; or remove {path}, and a sweep runs it anew")
     if len(records) >= cell.config.train.rounds:
         return Standing(cell, "finished", len(records), seconds_spent(records))
     lock(path).close()  # refuses where another process is at it
