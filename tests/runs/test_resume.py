@@ -347,6 +347,28 @@ def manifest_without_files(path: Path) -> str:
     return r"round-00004\.json: not a checkpoint, or a damaged one"
 
 
+def says(path: Path, **keys: int) -> str:
+    file = path / "checkpoints/round-00004.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    return r"round-00004\.json: a damaged checkpoint: it says "
+
+
+def other_round(path: Path) -> str:
+    return says(path, round=-1) + "round -1"
+
+
+def more_models(path: Path) -> str:
+    return says(path, models=9) + r"9 model\(s\) of 1 refinement"
+
+
+def more_refinements(path: Path) -> str:
+    return says(path, refinements=3) + r"1 model\(s\) of 3 refinement"
+
+
+def no_models(path: Path) -> str:
+    return says(path, models=0) + r"0 model\(s\)"
+
+
 def other_format(path: Path) -> str:
     file = path / "checkpoints/round-00004.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": "fedstill-checkpoint-9"}))
@@ -368,6 +390,10 @@ DAMAGES = [
     cut_manifest,
     other_json,
     manifest_without_files,
+    other_round,
+    more_models,
+    more_refinements,
+    no_models,
     other_format,
     other_run,
 ]

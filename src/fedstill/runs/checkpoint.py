@@ -8,6 +8,7 @@ their SHA-256. A round writes its cohort's files and lines only; what no kept ch
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,8 @@ class CheckpointStore:
         Where tensors are put when they are read; label counts stay on the CPU.
     client_states : {"memory", "disk"}
         Whether clients' states stay in memory too, or lie in their files until they are needed.
+    holds : tuple of (int, int), optional
+        How many models, and refinements of each, the run's states have; by default what a checkpoint says is believed.
     """
 
     root: Path
@@ -57,6 +60,7 @@ class CheckpointStore:
     fingerprint: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     client_states: Literal["memory", "disk"] = "memory"
+    holds: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.files = ClientFiles(self.root, self.device)
@@ -120,6 +124,7 @@ class CheckpointStore:
             round, models, refinements = (int(manifest[key]) for key in ("round", "models", "refinements"))
             server = self.root / str(manifest["server"]["file"])
             tensors = read_tensors(server, str(manifest["server"]["sha256"]), self.device)
+            self._check_counts(path, (round, models, refinements), tensors)
             self._index, live, counts = self._indexed(manifest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
@@ -131,6 +136,16 @@ class CheckpointStore:
             clients,
             counts,
         )
+
+    def _check_counts(self, path: Path, said: tuple[int, int, int], tensors: Tensors) -> None:
+        """Refuse a manifest whose round is not its name's, or whose counts are not those of the tensors or the run."""
+        round, models, refinements = said
+        if round != round_of(path):
+            raise InputError(f"{path}: a damaged checkpoint: it says round {round}")
+        places = [(int(model), int(kept or -1)) for model, kept in map(_place_of, tensors)]
+        lost = any(model >= models or kept >= refinements for model, kept in places)
+        if lost or self.holds not in (None, (models, refinements)):
+            raise InputError(f"{path}: a damaged checkpoint: it says {models} model(s) of {refinements} refinement(s)")
 
     def _listed(self, state: FederationState) -> dict[str, Any]:
         """Write the index's lines of a checkpoint: a client's newest file, or its label counts."""
@@ -227,6 +242,14 @@ def _server_tensors(state: FederationState) -> Tensors:
             own |= grouped(f"refinement-{index}/", kept)
         tensors |= {f"model-{place}/{name}": value for name, value in own.items()}
     return tensors
+
+
+def _place_of(name: str) -> tuple[str, str | None]:
+    """Return the model that a tensor of the server belongs to, and the refinement that keeps it, if one does."""
+    found = re.match(r"model-(\d+)/(?:refinement-(\d+)/)?", name)
+    if not found:
+        raise ValueError(f"{name} is no tensor of a checkpoint")
+    return found[1], found[2]
 
 
 def _global_model(tensors: Tensors, refinements: int) -> GlobalModel:

@@ -234,7 +234,8 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
     )  # fmt: skip
     key = json.dumps([computed, federation.partition.fingerprint], sort_keys=True)
     states: Literal["memory", "disk"] = "disk" if config.execution.client_states == "disk" else "memory"
-    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device, states)
+    holds = len(federation.groups), len(federation.method.refinements)
+    return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device, states, holds)
 
 
 def read_metrics(path: Path) -> list[Record]:
