@@ -443,6 +443,28 @@ def test_a_checkpoint_of_another_run_is_foreign(finished: Path, tmp_path: Path) 
         resume(finished)
 
 
+def test_after_an_edit_of_the_configuration_no_checkpoint_is_given_up(
+    finished: Path, whole_runs: dict[str, tuple[Path, Result]]
+) -> None:
+    file = finished / "config.toml"
+    config = file.read_text()
+    file.write_text(config.replace("\nrounds = 4\n", "\nrounds = 5\n"))
+    with pytest.raises(InputError, match=r"another experiment.*; where that was edited, put it back") as caught:
+        resume(finished)
+    assert "remove" not in str(caught.value)
+    file.write_text(config)
+    assert_same_run(finished, resume(finished), *whole_runs["scaffold+fedftg"])
+
+
+def test_the_newest_whole_checkpoint_is_named_with_all_that_are_in_its_way(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    stopped(small(*FEDAVG, "checkpoint.keep=3"), path, Stop(after=3))
+    for round in (2, 3):
+        (path / f"checkpoints/round-0000{round}.json").write_text("{")
+    with pytest.raises(InputError, match=r"from round-00001 instead, remove \S*00002\.json and \S*00003\.json$"):
+        resume(path)
+
+
 def test_what_does_not_change_the_numbers_may_change_between_two_runs(
     tmp_path: Path, whole_runs: dict[str, tuple[Path, Result]]
 ) -> None:

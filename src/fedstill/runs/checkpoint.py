@@ -110,17 +110,38 @@ class CheckpointStore:
         try:
             return self._load(found[-1])
         except InputError as error:
-            older = f"; to go on from {found[-2].stem} instead, remove {found[-1]}" if found[1:] else ""
-            raise InputError(f"{error}{older}") from error
+            older = [place for place, path in enumerate(found[:-1]) if self._is_own(path)]
+            if not older:
+                raise
+            later = " and ".join(map(str, found[older[-1] + 1 :]))
+            raise InputError(f"{error}; to go on from {found[older[-1]].stem} instead, remove {later}") from error
 
-    def _load(self, path: Path) -> FederationState:
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        """Read what a checkpoint names, if it is of this run."""
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
             form, fingerprint = manifest["format"], manifest["fingerprint"]
-            if form != FORMAT:
-                raise InputError(f"{path}: format {form!r}, expected {FORMAT!r}")
-            if fingerprint != self.fingerprint:
-                raise InputError(f"{path}: it belongs to another experiment than config.toml beside it describes")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
+        if form != FORMAT:
+            raise InputError(f"{path}: format {form!r}, expected {FORMAT!r}")
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"{path}: it belongs to another experiment than config.toml beside it describes; where that was "
+                f"edited, put it back as it was, and run what it says now in another directory"
+            )
+        return manifest
+
+    def _is_own(self, path: Path) -> bool:
+        try:
+            self._manifest(path)
+        except InputError:
+            return False  # what is wrong with the newest one is told
+        return True
+
+    def _load(self, path: Path) -> FederationState:
+        manifest = self._manifest(path)
+        try:
             round, models, refinements = (int(manifest[key]) for key in ("round", "models", "refinements"))
             server = self.root / str(manifest["server"]["file"])
             tensors = read_tensors(server, str(manifest["server"]["sha256"]), self.device)
