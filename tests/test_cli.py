@@ -221,7 +221,7 @@ def test_a_directory_that_exists_is_refused(command: Command) -> None:
     (command.folder / "run").mkdir()
     (command.folder / "run" / "mine").write_text("keep this")
     line = command.refuses("run", "--out", "run")
-    assert line == "run: exists already; name another directory, or go on with 'fedstill resume run'"
+    assert line == "run: exists already; name another directory"
     assert (command.folder / "run" / "mine").read_text() == "keep this"
     assert "not a run directory" in command.refuses("resume", "run")
     assert "not a run directory" in command.refuses("resume", "r[u]n")

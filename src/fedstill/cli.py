@@ -342,8 +342,10 @@ def accuracies_and_paths(arguments: list[str], targets: list[str] | None) -> tup
 @contextmanager
 def resumable(path: Path) -> Iterator[None]:
     """Say how to go on when a run is stopped by Ctrl-C or by SIGTERM."""
+    from fedstill.runs.directory import began
+
     hint = f"go on with: fedstill resume {shlex.quote(str(path))}"
-    with interruptible(lambda: hint if (path / "config.toml").exists() else NOTHING):
+    with interruptible(lambda: hint if began(path) else NOTHING):
         yield
 
 

@@ -17,7 +17,8 @@ from fedstill.evaluation import Record
 from fedstill.execution.allocator import keep_freed_memory
 from fedstill.federation import Federation, FederationState
 from fedstill.presets import DEFAULT, preset
-from fedstill.runs.directory import RunDirectory
+from fedstill.runs.directory import RunDirectory, began, refuse_taken
+from fedstill.runs.files import WriteError
 from fedstill.runs.store import ClientFiles
 from fedstill.trackers import trackers_of
 from fedstill.weights import Weights
@@ -90,12 +91,12 @@ def run(
     InputError
         Bad input; nothing has been written.
     RunError
-        The run cannot go on; its last good checkpoint is intact.
+        The run cannot go on; its last good checkpoint, where there is one, is intact.
     """
     settings = _config(config, overrides)
     path = Path(directory) if directory is not None else None
-    if path is not None and path.exists():
-        raise InputError(f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'")
+    if path is not None:
+        refuse_taken(path)
     called = _callbacks(settings, callbacks)
     federation, notes = build(settings)
     if path is None:
@@ -118,7 +119,7 @@ def resume(directory: Path | str, callbacks: Sequence[Callback | RoundFunction] 
     InputError
         If there is no run there, or its checkpoint is corrupt or foreign.
     RunError
-        The run cannot go on; its last good checkpoint is intact.
+        The run cannot go on; its last good checkpoint, where there is one, is intact.
     """
     path = Path(directory)
     config = RunDirectory.read_config(path)
@@ -188,7 +189,10 @@ class _Loop:
             self._save()
             return asked if self.state.round < self.federation.config.train.rounds else None
         except (KeyboardInterrupt, FedstillError) as error:
-            self._leave_resumable(error)
+            if self.files and began(self.files.path):  # else somebody has removed it
+                self._leave_resumable(self.files, error)
+                if isinstance(error, WriteError):
+                    raise self.files.to_go_on(error) from error.__cause__
             raise
         finally:
             self.federation.executor.close()
@@ -221,14 +225,13 @@ class _Loop:
         if self.files and self.state is not self.saved:
             self.state = self.saved = self.files.store.save(self.state)
 
-    def _leave_resumable(self, error: BaseException) -> None:
+    def _leave_resumable(self, files: RunDirectory, error: BaseException) -> None:
         try:
-            if self.files:  # a signal may have come between a round's line and its adoption
-                self.files.cut_metrics(self.state.round)
+            files.cut_metrics(self.state.round)  # a signal may have come between a round's line and its adoption
             self._save()
             self.log(f"stopped after round {self.state.round}: {str(error) or type(error).__name__}")
         except FedstillError:
-            # The disk that stopped the run refuses this too; the checkpoint before is intact, the first error goes up.
+            # The disk that stopped the run refuses this too; what was there before is intact, the first error goes up.
             return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from fedstill.experiment import Result, resume, run
 from fedstill.federation import Record
 from fedstill.runs import RunDirectory, read_metrics
 from fedstill.runs.directory import metrics_up_to
+from fedstill.runs.files import disk_errors
 from small import same_state, same_weights, small, untimed
 from stopping import Stop, last_state, stopped, store_of
 
@@ -517,6 +519,80 @@ def test_a_directory_that_exists_is_left_alone(finished: Path, tmp_path: Path) -
     with pytest.raises(InputError, match="this directory cannot be made"):
         run(small(*FEDAVG), directory=tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_that_is_stopped_while_its_directory_is_made_leaves_none(tmp_path: Path, error: BaseException) -> None:
+    def stop(*arguments: object) -> None:
+        assert {file.name for file in (tmp_path / "run").iterdir()} == {"lock", "config.toml"}
+        with disk_errors(tmp_path):
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedstill.runs.directory.environment", stop)
+        with pytest.raises((KeyboardInterrupt, RunError)) as caught:
+            run(small(*FEDAVG), directory=tmp_path / "run")
+    assert "checkpoint" not in str(caught.value)
+    assert "resume" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_leaves_of_a_run_that_never_began_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    for name in ("lock", "config.toml", "environment.json.partial"):
+        (path / name).write_text("")
+    with pytest.raises(InputError, match="stopped before it began; give 'fedstill run' again with --out"):
+        resume(path)
+    (path / "mine").write_text("keep this")
+    with pytest.raises(InputError, match=r"exists already; name another directory$"):
+        run(small(*FEDAVG), directory=path)
+    (path / "mine").unlink()
+    assert len(run(small(*FEDAVG, "train.rounds=1"), directory=path).records) == 1
+    assert not (path / "environment.json.partial").exists()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.toml").write_text("")
+    with pytest.raises(InputError, match="exists already"):
+        run(small(*FEDAVG), directory=tmp_path / "own")
+
+
+def test_a_run_whose_directory_is_removed_does_not_make_it_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    class Remove(Callback):
+        def on_client_end(self, round: int, done: int, of: int) -> None:
+            if round == 2 and done == 1:
+                shutil.rmtree(path)
+
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(No such file") as caught:
+        run(small(*FEDAVG), directory=path, callbacks=[Remove()])
+    assert "resume" not in str(caught.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, r"\(No space .*; make room"), (errno.EISDIR, r"\(Is a directory\); see to it that it can be")],
+)
+def test_an_error_of_the_disk_says_what_there_is_to_go_on_from(tmp_path: Path, number: int, says: str) -> None:
+    path = tmp_path / "run"
+
+    class Break(Callback):
+        def __init__(self, at: int, patch: pytest.MonkeyPatch) -> None:
+            self.at, self.patch = at, patch
+
+        def on_client_end(self, round: int, done: int, of: int) -> None:
+            if round == self.at and done == 1:
+                self.patch.setattr("os.fsync", self.refuse)
+
+        def refuse(self, file: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+    said = rf"metrics\.jsonl: cannot be written {says} and go on with 'fedstill resume {path}'"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"{said}, from round 1$"):
+        run(small(*FEDAVG), directory=path, callbacks=[Break(1, patch)])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"{said}, its checkpoint of round 1 is"):
+        resume(path, callbacks=[Break(2, patch)])
 
 
 def test_training_that_turns_non_finite_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -294,6 +294,20 @@ def test_a_run_with_lines_of_its_metrics_missing_has_failed_until_it_is_made_ane
     assert metrics(out) == metrics(swept[0])
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_file_in_a_runs_place_fails_that_run_alone(done: tuple[Study, Path]) -> None:
+    study, out = done
+    for cell in ("a/seed-1", "b/seed-1"):
+        shutil.rmtree(out / cell)
+    (out / "a" / "seed-1").write_text("mine")
+    outcome = sweep(study, out=out, workers=1)
+    assert [cell.directory.as_posix() for cell in outcome.done] == ["b/seed-1"]
+    ((failed, reason),) = outcome.failed
+    assert failed.directory.as_posix() == "a/seed-1"
+    assert "exists already" in reason
+    assert (out / "a" / "seed-1").read_text() == "mine"
+
+
 # What is refused
 
 

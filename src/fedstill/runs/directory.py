@@ -31,7 +31,7 @@ from fedstill.evaluation import Record
 from fedstill.federation import Federation
 from fedstill.runs.checkpoint import CheckpointStore, manifests, round_of
 from fedstill.runs.environment import environment
-from fedstill.runs.files import disk_errors, sha256, write_atomically
+from fedstill.runs.files import WriteError, disk_errors, sha256, write_atomically
 
 fcntl: ModuleType | None
 try:
@@ -41,6 +41,12 @@ except ImportError:  # not on Windows, where a run directory has no lock
 
 if TYPE_CHECKING:
     from fedstill.runs.events import EventFile
+
+
+BEGUN = "partition.json"
+"""Written last of what a run starts with."""
+START = ("lock", "config.toml", "environment.json", "log.txt", BEGUN)
+"""What a run writes until it has begun, the first of them first."""
 
 
 @dataclass
@@ -55,36 +61,36 @@ class RunDirectory:
 
     @staticmethod
     def create(path: Path, federation: Federation) -> RunDirectory:
-        """Make the directory of a new run.
+        """Make the directory of a new run, whole or not at all.
 
         Raises
         ------
         InputError
-            If it is there already; nothing is written over.
+            If it is there already; nothing is written over but the start of a run that never began.
+        RunError
+            If it cannot be written.
         """
+        refuse_taken(path)
+        remove_start(path)
         try:
             path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise InputError(
-                f"{path}: exists already; name another directory, or go on with 'fedstill resume {path}'"
-            ) from error
         except OSError as error:
             raise InputError(f"{path}: this directory cannot be made ({error.strerror or error})") from error
         config = federation.config
-        counts = federation.partition.counts.tolist()
-        write_atomically(path / "config.toml", to_toml(config).encode())
-        write_json(path / "environment.json", environment(config.execution.device))
-        write_json(
-            path / "partition.json",
-            {
-                "protocol": federation.partition.protocol,
-                "fingerprint": federation.partition.fingerprint,
-                "data_fingerprint": dict(federation.data_fingerprints),
-                "class_counts": counts,
-            },
-        )
-        run = RunDirectory(path, config, _store(path, config, federation), _lock=lock(path))
-        run.log(f"started: {config.method} on {config.data.name}, {config.train.rounds} rounds")
+        held: IO[str] | None = None
+        try:
+            held = lock(path)
+            run = RunDirectory(path, config, _store(path, config, federation), _lock=held)
+            write_atomically(path / "config.toml", to_toml(config).encode())
+            write_json(path / "environment.json", environment(config.execution.device))
+            run.log(f"started: {config.method} on {config.data.name}, {config.train.rounds} rounds")
+            write_json(path / BEGUN, _partition_record(federation))
+        except BaseException:  # Ctrl-C too: what is left could neither be gone on with nor be begun again
+            (path / BEGUN).unlink(missing_ok=True)
+            remove_start(path)
+            if held is not None:
+                held.close()
+            raise
         return run
 
     @staticmethod
@@ -97,6 +103,10 @@ class RunDirectory:
             If there is no run at ``path``, or its configuration cannot be read.
         """
         file = path / "config.toml"
+        if is_start(path) and file.exists():
+            raise InputError(
+                f"{path}: this run was stopped before it began; give 'fedstill run' again with --out {path}"
+            )
         try:
             table: dict[str, Any] = tomllib.loads(file.read_text())
         except FileNotFoundError as error:
@@ -153,6 +163,12 @@ class RunDirectory:
                 self._events = EventFile(self.path / "tensorboard", step)
             self._events.add(flatten(record), step)
 
+    def to_go_on(self, error: WriteError) -> WriteError:
+        """Return an error that stopped the run with what is there to go on from."""
+        saved = manifests(self.path)
+        since = f"its checkpoint of round {round_of(saved[-1])} is good" if saved else "from round 1"
+        return WriteError(error.what, error.remedy, f"go on with 'fedstill resume {self.path}', {since}")
+
     def close(self) -> None:
         """Let others use the directory."""
         if self._lock is not None:
@@ -196,6 +212,52 @@ def read_fingerprints(path: Path) -> RunFingerprints:
     return RunFingerprints(partition, data)
 
 
+def began(path: Path) -> bool:
+    """Say whether a run can be gone on with; what is written before this file can be made again."""
+    return (path / BEGUN).exists()
+
+
+def is_start(path: Path) -> bool:
+    """Say whether a directory has no more than what a run that never began leaves, such as one that was killed."""
+    if not path.is_dir() or began(path):
+        return False
+    names = {file.name for file in path.iterdir()}
+    return "lock" in names and all(name.removesuffix(".partial") in START for name in names)
+
+
+def refuse_taken(path: Path) -> None:
+    """Refuse a directory for a new run that has anything in it but the start of one that never began.
+
+    Raises
+    ------
+    InputError
+        If there is something, or another process is at it.
+    """
+    if running(path):
+        raise InputError(f"{path}: another process is running it")
+    if path.exists() and not is_start(path):
+        or_go_on = f", or go on with 'fedstill resume {path}'" if began(path) else ""
+        raise InputError(f"{path}: exists already; name another directory{or_go_on}")
+
+
+def remove_start(path: Path) -> None:
+    """Remove what a run that never began has left, with its directory; anything else stays."""
+    if is_start(path):
+        with disk_errors(path):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+
+
+def _partition_record(federation: Federation) -> dict[str, object]:
+    return {
+        "protocol": federation.partition.protocol,
+        "fingerprint": federation.partition.fingerprint,
+        "data_fingerprint": dict(federation.data_fingerprints),
+        "class_counts": federation.partition.counts.tolist(),
+    }
+
+
 def _places(config: Config) -> str:
     """Return the keys that say where a run's data are."""
     keys = {"data.name": config.data.name, "data.root": config.data.root, "public.name": config.public.name}
@@ -219,6 +281,21 @@ def lock(path: Path) -> IO[str]:
             file.close()
             raise InputError(f"{path}: another process is running it") from error
     return file
+
+
+def running(path: Path) -> bool:
+    """Say whether a process is at a run; nothing is written."""
+    file = path / "lock"
+    if fcntl is None or not file.is_file():
+        return False
+    try:
+        with file.open() as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+    return False
 
 
 def _store(path: Path, config: Config, federation: Federation) -> CheckpointStore:

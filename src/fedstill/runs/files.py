@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,17 +11,38 @@ from pathlib import Path
 
 from fedstill.errors import RunError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WriteError(RunError):
+    """A file cannot be written.
+
+    Parameters
+    ----------
+    what : str
+        The file and the reason.
+    remedy : str
+        What helps.
+    then : str
+        How to go on after that.
+    """
+
+    def __init__(self, what: str, remedy: str, then: str = "give the same command again") -> None:
+        super().__init__(what, remedy, then)
+        self.what, self.remedy, self.then = what, remedy, then
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy} and {self.then}"
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a RunError that names the file."""
+    """Turn an error of the file system into a WriteError that names the file."""
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror or error}); the last good checkpoint is intact, "
-            f"make room and go on with 'fedstill resume'"
-        ) from error
+        remedy = "make room" if error.errno in NO_ROOM else "see to it that it can be"
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})", remedy) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -26,8 +26,8 @@ from fedstill.methods.registry import compose
 from fedstill.pool import Failure, outcomes
 from fedstill.progress import Reporter, Tell, seconds_spent
 from fedstill.runs.checkpoint import manifests, round_of
-from fedstill.runs.directory import RunDirectory, lock, metrics_up_to, write_json
-from fedstill.runs.files import write_atomically
+from fedstill.runs.directory import BEGUN, START, RunDirectory, began, lock, metrics_up_to, running, write_json
+from fedstill.runs.files import disk_errors, write_atomically
 from fedstill.studies.display import Pace, StudyDisplay
 from fedstill.studies.plan import COPY, Cell, Study, copy_of
 from fedstill.studies.results import FAILED, INDEX, gives_the_same
@@ -217,11 +217,6 @@ def standing(cell: Cell, folder: Path) -> Standing:
     return Standing(cell, state, len(records), seconds_spent(records), reason)
 
 
-def began(path: Path) -> bool:
-    """Say whether a run can be gone on with; what is written before this file can be made again."""
-    return (path / "partition.json").exists()
-
-
 def difference(wanted: Config, found: Config) -> str | None:
     """Return the first key by which two configurations give different results, with both values; None for none."""
     mine, theirs = flat(wanted), flat(found)
@@ -361,7 +356,7 @@ class RunJob:
         """Run it."""
         with full_disk_ends_all():
             if began(self.directory):
-                (self.directory / FAILED).unlink(missing_ok=True)
+                removed(self.directory / FAILED)
                 resume(self.directory, [Reporter(tell)])
             else:
                 cleared(self.directory)
@@ -370,12 +365,20 @@ class RunJob:
 
 def cleared(directory: Path) -> None:
     """Remove the directory of a run that never began; one that holds anything else stays, and the run is refused."""
-    for file in (FAILED, "config.toml", "environment.json"):
-        for path in (directory / file, directory / f"{file}.partial"):
-            path.unlink(missing_ok=True)
-    (directory / "partition.json.partial").unlink(missing_ok=True)
+    if not directory.is_dir() or running(directory):
+        return
+    for file in (FAILED, *START):
+        removed(directory / f"{file}.partial")
+        if file != BEGUN:
+            removed(directory / file)
     with suppress(OSError):
         directory.rmdir()
+
+
+def removed(file: Path) -> None:
+    """Remove a file, where it is there."""
+    with disk_errors(file):
+        file.unlink(missing_ok=True)
 
 
 def left_in(directory: Path, error: Exception) -> str:
@@ -383,8 +386,15 @@ def left_in(directory: Path, error: Exception) -> str:
     if isinstance(error, DiskError):
         raise error
     text = str(error).strip() or type(error).__name__
-    write_atomically(directory / FAILED, f"{text}\n".encode())
-    return " ".join(text.split()) if isinstance(error, FedstillError) else text.splitlines()[-1]
+    told = " ".join(text.split()) if isinstance(error, FedstillError) else text.splitlines()[-1]
+    try:
+        with full_disk_ends_all():
+            write_atomically(directory / FAILED, f"{text}\n".encode())
+    except DiskError:
+        raise
+    except RunError as unwritten:
+        return f"{told}; {unwritten}"
+    return told
 
 
 @contextmanager
