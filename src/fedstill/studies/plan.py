@@ -398,6 +398,11 @@ def _check_names(path: Path, table: StudyTable) -> None:
     for where, own in used.items():
         for key in own:
             _check_key(f"{path}: {where}: ", key)
+    axes: dict[str, Iterable[str]] = {where: used[where] for where in ("[grid]", "seed_keys", "[search]")}
+    axes |= {f"[[variant]] {one.name!r}: grid": one.grid for one in table.variant}
+    for where, own in axes.items():
+        for key in own:
+            _check_axis(f"{path}: {where}: ", key)
     names = [one.name for one in table.variant]
     for setting in table.setting:
         for name in setting.only or ():
@@ -419,6 +424,13 @@ def _check_key(where: str, key: str) -> None:
     if plain(key) not in keys() and plain(key) not in Config.model_fields:
         near = nearest_key(plain(key))
         raise InputError(f"{where}unknown key {key!r}" + (f", did you mean {near!r}?" if near else ""))
+
+
+def _check_axis(where: str, key: str) -> None:
+    """Refuse a table as an axis: its keys that a point does not name would lose what the study says of them."""
+    own = [one for one in keys() if one.startswith(f"{plain(key)}.")]
+    if own:
+        raise InputError(f"{where}{key!r} is a table; name its keys one by one, such as {own[0]!r}")
 
 
 def _samples_of(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
