@@ -170,6 +170,11 @@ TWO = "[[variant]]\nname = 'a'\nkeys = { method = 'fedavg' }\n[[variant]]\nname 
         ("[[variant]]\nname = 'x'\ngrid = { model.0 = [{ name = 'mlp' }] }\n", "'x': grid: 'model.0' is a table"),
         ("seed_keys = ['seed']\n", ": seed_keys: 'seed' is a table"),
         ("[search]\ntrials = 2\n[search.space]\nlocal = [{ lr = 0.1 }]\n", ": [search]: 'local' is a table"),
+        ("[grid]\ndata.root = [2020-01-01]\n", "grid.data.root: a date or a time is no value of any key; put"),
+        ("[search]\ntrials = 1\n[search.space]\ndata.root = [10:00:00]\n", "a date or a time is no value of any key"),
+        *((f"[[variant]]\nname = '{name}'\n", f"/seed-0: a results folder has a file or folder '{name}' of its own")
+          for name in ("lock", "study.toml", "study.json", "study.toml.x", "search.json", "report")),
+        (f"[[variant]]\nname = '{'字' * 90}'\n", "a folder's name has 255 bytes at most, and this one 270; choose"),
         ("seed_keys = ['sed.data']\n", ": seed_keys: unknown key 'sed.data', did you mean 'seed.data'?"),
         ("[[variant]]\nname = 'x'\nkeys = { methd = 'fedavg' }\n", "[[variant]] 'x': unknown key 'methd'"),
         ("[[variant]]\nname = 'x'\ngrid = { data.bta = [1] }\n", "[[variant]] 'x': unknown key 'data.bta'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from fedstill import presets
 from fedstill.config import (
@@ -34,6 +35,10 @@ COPY = "study.toml"
 """The study file's copy in the results folder."""
 LONGEST = 100
 """Characters of a folder's name; of a longer one the rest becomes a digest."""
+LONGEST_FILE_NAME = 255
+"""Bytes, on most file systems."""
+RESERVED = ("lock", "optuna.log", "search.json", "report")
+"""What a results folder may have beside :data:`COPY` and ``study.json``."""
 
 
 def dotted(given: Any) -> Any:
@@ -50,9 +55,18 @@ def dotted(given: Any) -> Any:
     return found
 
 
+def in_json(values: list[Any]) -> list[Any]:
+    """Return an axis's values, which stand in ``study.json`` too."""
+    try:
+        json.dumps(values)
+    except TypeError as error:
+        raise ValueError("a date or a time is no value of any key; put it in quotes where it is a name") from error
+    return values
+
+
 Name = Annotated[str, Field(min_length=1)]
 Keys = Annotated[dict[str, Any], BeforeValidator(dotted)]
-Values = Annotated[list[Any], Field(min_length=1)]
+Values = Annotated[list[Any], Field(min_length=1), AfterValidator(in_json)]
 Axes = Annotated[dict[str, Values], BeforeValidator(dotted)]
 
 
@@ -315,6 +329,7 @@ class Study:
             for key in (*point, *own, *seeds):
                 if sum(key in layer for layer in layers) > 1:
                     raise InputError(f"{key} is an axis of the study, and something else sets it too; leave one out")
+            _check_folders(directory)
             config = config_with(base, values)
             compose(config)
         except InputError as error:
@@ -458,6 +473,18 @@ def plain(key: str) -> str:
 
 
 # Names of folders
+
+
+def _check_folders(directory: Path) -> None:
+    """Refuse a run's directory that a results folder has another use for, or whose name no file system takes."""
+    first = directory.parts[0]
+    if first in RESERVED or first.startswith((COPY, INDEX)):
+        raise InputError(f"a results folder has a file or folder {first!r} of its own; choose another name")
+    for part in directory.parts:
+        if (size := len(os.fsencode(part))) > LONGEST_FILE_NAME:
+            raise InputError(
+                f"a folder's name has {LONGEST_FILE_NAME} bytes at most, and this one {size}; choose shorter names"
+            )
 
 
 def short_names(point: Mapping[str, Any]) -> dict[str, str]:
