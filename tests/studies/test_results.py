@@ -221,6 +221,13 @@ def test_what_a_study_has_not_got_is_there_with_its_reason(study: Path) -> None:
     assert list(group.whole) == ["0"]
 
 
+def test_of_an_unexpected_error_the_last_line_is_shown(study: Path) -> None:
+    file = study / "a/seed-2/failed.txt"
+    file.write_text("in a worker process:\nTraceback (most recent call last):\n  File x\nValueError: no [more]\n")
+    seed = read_study(study).groups[0].seeds[2]
+    assert seed.reason == f"failed: ValueError: no [more]; {file} has the whole traceback"
+
+
 def test_a_whole_run_is_not_failed(study: Path) -> None:
     (study / "a/seed-0/failed.txt").write_text("an earlier try")
     assert read_study(study).groups[0].seeds[0].state == "whole"

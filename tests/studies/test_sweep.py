@@ -365,8 +365,40 @@ def test_another_process_is_not_disturbed(done: tuple[Study, Path]) -> None:
     study, out = done
     cut(out / "b" / "seed-1")
     shutil.rmtree(out / "b" / "seed-1" / "checkpoints")
-    with lock(out / "b" / "seed-1"), pytest.raises(InputError, match="another process is running it"):
-        sweep(study, out=out)
+    before = files(out)
+    with lock(out / "b" / "seed-1"):
+        with pytest.raises(InputError, match="another process is running it"):
+            sweep(study, out=out)
+        told = CliRunner().invoke(cli.app, ["sweep", str(study.path), "--out", str(out), "--dry-run"])
+    assert told.exit_code == 0
+    assert told.output.splitlines()[-2:] == [
+        "running after round 1 of 3: B, seed 1, in b/seed-1",
+        "0 to run (3 finished, 1 running); nothing was run",
+    ]
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("damage", ["{}", b"\xff\xfe", "directory"])
+def test_what_cannot_be_read_is_listed_as_failed(done: tuple[Study, Path], damage: str | bytes) -> None:
+    study, out = done
+    file = out / "b" / "seed-1" / "metrics.jsonl"
+    file.unlink()
+    if damage == "directory":
+        file.mkdir()
+        (out / "a" / "seed-1" / "failed.txt").mkdir()  # a whole run has not failed
+        shutil.rmtree(out / "b" / "seed-0")
+        (out / "b" / "seed-0" / "failed.txt").mkdir(parents=True)
+    else:
+        file.write_bytes(damage.encode() if isinstance(damage, str) else damage)
+    told = {one.cell.directory.as_posix(): (one.state, one.reason) for one in survey(study, out)}
+    state, reason = told["b/seed-1"]
+    assert state == "failed"
+    assert reason.startswith(f"{file}")
+    assert reason.endswith("and a sweep runs it anew")
+    assert told["a/seed-1"] == ("finished", "")
+    if damage == "directory":
+        failed = out / "b" / "seed-0" / "failed.txt"
+        assert told["b/seed-0"] == ("failed", f"{failed}: cannot be read (Is a directory); remove it")
 
 
 def test_what_cannot_be_built_is_refused_before_anything_is_written(

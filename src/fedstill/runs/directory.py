@@ -321,10 +321,14 @@ def read_metrics(path: Path) -> list[Record]:
     Raises
     ------
     InputError
-        If a line before the last one is damaged, a line is no round's, or a round is missing before another.
+        If the file cannot be read, a line before the last one is damaged, a line is no round's, or a round is missing
+        before another.
     """
     file = path / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as text ({error})") from error
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:

@@ -43,7 +43,7 @@ def by_command(
             raise InputError("--only and --retry-failed are not for a [search]; a failed trial stays failed")
         return _search(study, out, workers, dry_run, told, progress)
     if dry_run:
-        standings = survey(study, results_folder(study, out))
+        standings = survey(study, results_folder(study, out), looking=True)
         todo, others = chosen(standings, retry_failed, only)
         check([one.cell for one in todo])
         show_plan(todo, others, told)
@@ -77,7 +77,8 @@ def _search(
 def show_plan(todo: Sequence[Standing], others: Sequence[Standing], console: Console) -> None:
     """Print what would be run, in the order of work, and what would not."""
     for one in [*todo, *others]:
-        rounds = f" after round {one.rounds} of {one.cell.config.train.rounds}" if one.state == "interrupted" else ""
+        under_way = one.state in ("interrupted", "running")
+        rounds = f" after round {one.rounds} of {one.cell.config.train.rounds}" if under_way else ""
         reason = f" ({one.reason})" if one.state == "failed" else ""
         console.print(escape(f"{one.state}{rounds}: {one.cell.label}, in {one.cell.directory}{reason}"))
     counts = Counter(one.state for one in [*todo, *others])

@@ -25,6 +25,7 @@ from fedstill.settings import ModedSettings
 
 INDEX = "study.json"
 FAILED = "failed.txt"
+TRACEBACK = "Traceback (most recent call last):"
 WORK = ("train", "fuse", "refine")
 """The phases whose seconds count; evaluation is left out."""
 
@@ -259,13 +260,25 @@ def seconds(records: Iterable[Record]) -> float:
     return float(sum(record["seconds"].get(phase, 0.0) for record in records for phase in WORK))
 
 
+def failure(directory: Path) -> str | None:
+    """Return why a run failed, in one line; None where it has not."""
+    file = directory / FAILED
+    if not file.exists():
+        return None
+    try:
+        text = file.read_text(errors="replace").strip()
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror or error}); remove it"
+    if TRACEBACK in text:
+        return f"{text.splitlines()[-1]}; {file} has the whole traceback"
+    return " ".join(text.split()) or "no reason is given"
+
+
 def found_in(directory: Path, seed: str, run: RunData | None) -> SeedRun:
     """Return a seed of which ``run`` is what can be read in ``directory``."""
     if run is not None and run.whole:
         return SeedRun(seed, "whole", run)
-    file = directory / FAILED
-    if file.exists():
-        said = " ".join(file.read_text(errors="replace").split()) or "no reason is given"
+    if (said := failure(directory)) is not None:
         return SeedRun(seed, "failed", run, f"failed: {said}")
     if run is not None:
         return SeedRun(seed, "unfinished", run, f"unfinished, {len(run.records)} of {run.config.train.rounds} rounds")

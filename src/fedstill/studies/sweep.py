@@ -30,12 +30,12 @@ from fedstill.runs.directory import BEGUN, START, RunDirectory, began, lock, met
 from fedstill.runs.files import disk_errors, write_atomically
 from fedstill.studies.display import Pace, StudyDisplay
 from fedstill.studies.plan import COPY, Cell, Study, copy_of
-from fedstill.studies.results import FAILED, INDEX, gives_the_same
+from fedstill.studies.results import FAILED, INDEX, failure, gives_the_same
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk says that no other run could write to either."""
 
-State = Literal["finished", "interrupted", "failed", "new"]
+State = Literal["finished", "interrupted", "failed", "new", "running"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Standing:
     Parameters
     ----------
     cell : Cell
-    state : {"finished", "interrupted", "failed", "new"}
+    state : {"finished", "interrupted", "failed", "new", "running"}
+        Running are those that another process is at.
     rounds : int
         Whole rounds in its metrics.
     seconds : float
@@ -150,20 +151,21 @@ def results_folder(study: Study, out: Path | str | None = None) -> Path:
 # What there is
 
 
-def survey(study: Study, folder: Path) -> list[Standing]:
+def survey(study: Study, folder: Path, looking: bool = False) -> list[Standing]:
     """Return how far every run of a study is; nothing is written.
 
     Raises
     ------
     InputError
-        If ``folder`` holds something else, or a run in it has another configuration than the study says.
+        If ``folder`` holds something else, or a run in it has another configuration than the study says, or, unless one
+        is only ``looking``, another process runs one.
     """
     if study.table.search:
         raise InputError(f"{study.path}: it has a [search], so that fedstill.studies.search runs it")
     listed = listed_in(folder)
     if listed and not listed & {cell.directory.as_posix() for cell in study.cells}:
         raise InputError(f"{folder}: holds the results of another study; name another folder with --out")
-    return [standing(cell, folder) for cell in study.cells]
+    return [standing(cell, folder, looking) for cell in study.cells]
 
 
 def listed_in(folder: Path) -> set[str]:
@@ -188,19 +190,19 @@ def listed_in(folder: Path) -> set[str]:
     return set()
 
 
-def standing(cell: Cell, folder: Path) -> Standing:
+def standing(cell: Cell, folder: Path, looking: bool = False) -> Standing:
     """Return how far a run is; one whose metrics are damaged has failed.
 
     Raises
     ------
     InputError
-        If its directory holds a run with another configuration, or one that another process runs.
+        If its directory holds a run with another configuration, or, unless one is only ``looking``, one that another
+        process runs.
     """
     path = folder / cell.directory
-    failed = path / FAILED
-    reason = " ".join(failed.read_text(errors="replace").split()) if failed.exists() else ""
+    reason = failure(path)
     if not began(path):
-        return Standing(cell, "failed" if failed.exists() else "new", reason=reason)
+        return Standing(cell, "new" if reason is None else "failed", reason=reason or "")
     if key := difference(cell.config, RunDirectory.read_config(path)):
         raise InputError(
             f"{path}: this run has {key}; name another folder with --out, or remove the directory to run it anew"
@@ -212,9 +214,12 @@ def standing(cell: Cell, folder: Path) -> Standing:
         return Standing(cell, "failed", reason=f"{error}; or remove {path}, and a sweep runs it anew")
     if len(records) >= cell.config.train.rounds:
         return Standing(cell, "finished", len(records), seconds_spent(records))
-    lock(path).close()  # refuses where another process is at it
-    state: State = "failed" if failed.exists() else "interrupted"
-    return Standing(cell, state, len(records), seconds_spent(records), reason)
+    state: State = "interrupted" if reason is None else "failed"
+    if running(path):
+        if not looking:
+            raise InputError(f"{path}: another process is running it")
+        state = "running"
+    return Standing(cell, state, len(records), seconds_spent(records), reason or "")
 
 
 def difference(wanted: Config, found: Config) -> str | None:
