@@ -142,6 +142,7 @@ def test_show_and_help(command: Command) -> None:
         (["method=fedftg"], "needs a base method before it"),
         (["method=fedavg+scaffold"], "'scaffold' is a base method and can only come first"),
         (["method=nowhere_at_all:Mine"], "cannot be imported"),
+        (["method=a:b:c"], "'a:b:c' cannot be imported"),
         (["method=[red]x[/red]"], "unknown method '[red]x[/red]'"),
         (["model.name=ccn"], "no model 'ccn'; did you mean 'cnn'?"),
         (["model.name=nowhere_at_all:Mine"], "cannot import 'nowhere_at_all:Mine'"),
@@ -181,6 +182,13 @@ def test_a_bad_file_is_refused_with_its_line(command: Command) -> None:
     assert command.refuses("run", str(file)) == f"{file}:3: unknown key 'data.bta', did you mean 'data.beta'?"
     file.write_text("method = \n")
     assert f"{file}: not valid TOML" in command.refuses("run", str(file))
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(command: Command) -> None:
+    file = command.folder / "lr=0.1" / "mine.toml"
+    file.parent.mkdir()
+    file.write_text('method = "fedagv"\n')
+    assert "unknown method 'fedagv'" in command.refuses("run", "lr=0.1/mine.toml", "local.lr=0.2")
 
 
 def test_a_truncated_data_file_is_refused(command: Command) -> None:

@@ -31,8 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 INTERRUPTED = 130
 NOTHING = "nothing had been written"
@@ -306,8 +306,8 @@ def show(name: Annotated[str, typer.Argument(help="A preset.")] = presets.DEFAUL
 
 def configuration(arguments: list[str], preset: str | None) -> Config:
     """Return the configuration that a command line asks for."""
-    files = [argument for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
+    files = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    overrides = [argument for argument in arguments if argument not in files]
     if len(files) > 1:
         raise InputError(f"more than one configuration file: {', '.join(files)}")
     if files and preset:
