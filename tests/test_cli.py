@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -280,6 +281,50 @@ def test_ctrl_c_before_anything_is_written_says_so(command: Command) -> None:
     assert not (command.folder / "run").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_command_that_is_stopped_says_so(command: Command, number: signal.Signals) -> None:
+    def stop(*arguments: object, **more: object) -> None:
+        signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    command.monkeypatch.setattr("fedstill.report.html.write_report", stop)
+    told = command("report", "run")
+    assert (told.code, told.out, told.err) == (130, "", "stopped\n")
+    assert signal.getsignal(number) is before
+
+
+IMPORTING = """
+import sys, time
+
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "fedstill":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow)
+from fedstill_command import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_seconds_of_the_imports_is_one_line(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPORTING, "methods"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        told, said = process.communicate(timeout=30)
+    assert (process.returncode, told, said) == (130, "", "stopped; nothing had been written\n")
+
+
 def test_partition_draws_a_picture(command: Command) -> None:
     told = command("partition", "data.clients=4", "data.beta=0.1", "--out", "who [1].svg")
     assert told.code == 0
@@ -291,7 +336,7 @@ def test_partition_draws_a_picture(command: Command) -> None:
 
 def test_the_installed_command_refuses_in_one_line_too(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from fedstill.cli import main; main()", "run", "model.name=[x]"],
+        [sys.executable, "-c", "from fedstill_command import main; main()", "run", "model.name=[x]"],
         cwd=tmp_path,
         env=os.environ | {"COLUMNS": "20", "OMP_NUM_THREADS": "1"},
         capture_output=True,

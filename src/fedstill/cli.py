@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from fedstill import presets
 from fedstill.config import Config, load_config, to_toml
@@ -24,8 +25,22 @@ from fedstill.errors import FedstillError, InputError
 if TYPE_CHECKING:
     from fedstill.callbacks import Callback
 
+
+class Interruptible(TyperGroup):
+    """Commands of which each, when it is stopped, says so in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("stopped")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="fedstill",
+    cls=Interruptible,
     help="Federated learning by distillation.",
     no_args_is_help=True,
     add_completion=False,
@@ -352,18 +367,27 @@ def resumable(path: Path) -> Iterator[None]:
 @contextmanager
 def interruptible(left: Callable[[], str]) -> Iterator[None]:
     """Say what is left when the block is stopped by Ctrl-C or by SIGTERM."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
         err.print(escape(f"stopped; {left()}"))
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def signals_heard() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM, where they are not ignored, raise KeyboardInterrupt in the block."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    heard = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summary(records: list[dict[str, object]], path: Path) -> None:
@@ -399,9 +423,11 @@ def listing(entries: dict[str, str]) -> None:
 def main() -> None:
     """Run the command line; errors are one line, exit code 2 for bad input and 1 for a run that cannot go on."""
     try:
-        app(standalone_mode=True)
+        with signals_heard():
+            app(standalone_mode=True)
     except FedstillError as error:
         err.print(f"[red]error[/] {escape(' '.join(str(error).split()))}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before a command has begun, or after its end
+        err.print("stopped")
         sys.exit(INTERRUPTED)
