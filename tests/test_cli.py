@@ -325,6 +325,23 @@ def test_a_signal_in_the_seconds_of_the_imports_is_one_line(number: signal.Signa
     assert (process.returncode, told, said) == (130, "", "stopped; nothing had been written\n")
 
 
+ENDING = """
+import atexit, signal, sys, types
+
+command = types.ModuleType("fedstill.cli")
+command.main = lambda: sys.exit(3)
+sys.modules |= {"fedstill": types.ModuleType("fedstill"), "fedstill.cli": command}
+atexit.register(signal.raise_signal, signal.SIGTERM)
+from fedstill_command import main
+main()
+"""
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
 def test_partition_draws_a_picture(command: Command) -> None:
     told = command("partition", "data.clients=4", "data.beta=0.1", "--out", "who [1].svg")
     assert told.code == 0
