@@ -234,13 +234,11 @@ def _read(path: Path) -> RunData:
 
 def _check_line(file: Path, number: int, record: object) -> None:
     try:
-        line = _Line.model_validate(record)
+        _Line.model_validate(record)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"]) or "line"
         raise InputError(f"{file}:{number}: not a round's metrics ({key}: {problem['msg']})") from error
-    if line.round != number:
-        raise InputError(f"{file}:{number}: round {line.round} stands where round {number} belongs")
 
 
 def _json(file: Path, needed: bool = True) -> Keys:
