@@ -154,10 +154,9 @@ def data_of(config: Config) -> Data:
     public = None
     if (wanted := config.public).name is not None:
         folder, drawn = Path(wanted.root) if wanted.root else root, seed if wanted.seed is None else wanted.seed
-        judging = judging_images(raw, splits, parts) if wanted.name == keys.name else None
         public = load_public(
             wanted.name, folder, shape=raw.shape, classes=wanted.classes, samples=wanted.samples, seed=drawn,
-            judging=judging,
+            judging=judging_images(raw, splits, parts),
         )  # fmt: skip
     data = Data(splits, partition, parts, raw.shape, raw.class_names, raw.class_names, public)
     return with_public_outputs(data) if wanted.labels == "separate" else data

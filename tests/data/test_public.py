@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,14 @@ def test_some_classes_of_it_keep_apart_too() -> None:
     found = images(data_of(small("public.name=digits", "public.classes=[7, 3]", *HELD_OUT)))
     assert found["test"]
     assert not found["test"] & found["public"]
+
+
+def test_the_same_images_under_another_name_keep_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, known = import_module("fedstill.build"), load_public
+    monkeypatch.setattr(module, "load_public", lambda name, *rest, **keys: known("digits", *rest, **keys))
+    found = images(data_of(small("public.name=digits-again", *HELD_OUT)))
+    assert found["validation"]
+    assert not (found["test"] | found["validation"]) & found["public"]
 
 
 def test_more_than_is_left_is_refused() -> None:

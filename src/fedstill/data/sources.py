@@ -34,6 +34,7 @@ Stored = npt.NDArray[Any]
 ROOT_VARIABLE = "FEDSTILL_DATA"
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, NotImplementedError)
+"""What reading a damaged or a foreign archive raises; it becomes an InputError that names the file."""
 _DIGIT_NAMES = tuple("0123456789")
 _FASHION_NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 _CIFAR100_NAMES = """

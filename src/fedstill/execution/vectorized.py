@@ -130,7 +130,7 @@ def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...])
 
     try:
         torch.func.vmap(torch.func.grad(loss))(params, buffers, x)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # what torch.func raises at what it cannot batch
         return f"its model cannot be batched over clients ({str(error).splitlines()[0]})"
     return None
 
