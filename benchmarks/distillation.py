@@ -1,11 +1,12 @@
 """What the server's distillation costs: its seconds over those of the round's local training, and its passes.
 
-    FEDSTILL_DATA=... python benchmarks/distillation.py [--stems imagenet cifar] [--device cuda] [--local-steps 5]
+    FEDSTILL_DATA=... python benchmarks/distillation.py [--stems imagenet cifar] [--device cuda]
+                                                        [--local-steps 5] [--iterations 2]
 
 The paper's setting: 10 clients with 500 samples each train for 5 epochs of batch 50 (500 steps in all); then FedFTG
 takes 10 outer iterations of batch 50 with those 10 as teachers. Every mode refines the same fused model with the same
 teachers, in turn, each round after a training of its own. With --local-steps the training is that short, and scaled to
-50 steps.
+50 steps; with --iterations a refinement is that short, and scaled to its mode's own number.
 
 Passes are counted by hooks on a run that is not timed, floating-point operations by torch.utils.flop_counter in the
 same run. The unit is one forward pass of the client's model on a batch of 50: by operations for everything, the
@@ -57,7 +58,7 @@ FULL_STEPS = 50
 """Local steps of a client in the paper's setting: 5 epochs of 500 samples in batches of 50."""
 TRAINING = "local training"
 KINDS = ("forward", "backward to the weights", "backward to the inputs")
-SMALLER = {"iterations": 2, "generator_width": 4, "noise_dim": 8, "batch_size": 10}
+SMALLER = {"generator_width": 4, "noise_dim": 8, "batch_size": 10}
 
 
 class Passes:
@@ -94,8 +95,8 @@ class Passes:
 class Round:
     """One round's parts, each to be timed alone."""
 
-    def __init__(self, made: Federation, smoke: bool) -> None:
-        self.made, self.smoke = made, smoke
+    def __init__(self, made: Federation, iterations: int | None, smoke: bool) -> None:
+        self.made, self.iterations, self.smoke = made, iterations, smoke
         self.state: FederationState = made.start()
         self.uploads: list[Upload] = []
         self.train()
@@ -121,8 +122,14 @@ class Round:
             return FedFTG(self.settings(mode)).refine(self.made.model, self.fused, ensemble, {}, context).weights
 
     def settings(self, mode: str) -> FedFTGSettings:
-        """Return a mode's settings."""
-        return FedFTGSettings(**(MODES[mode] | (SMALLER if self.smoke else {})))
+        """Return a mode's settings, with the iterations that are timed."""
+        given = MODES[mode] | (SMALLER if self.smoke else {})
+        own = FedFTGSettings(**given).iterations
+        return FedFTGSettings(**given | {"iterations": min(self.iterations or own, own)})
+
+    def scale(self, mode: str) -> float:
+        """Return how many times a mode's own iterations are those that are timed."""
+        return FedFTGSettings(**MODES[mode]).iterations / self.settings(mode).iterations
 
     def training_passes(self) -> Passes:
         """Return the passes of one client's training."""
@@ -182,11 +189,11 @@ def federation_of(stem: str, keys: argparse.Namespace) -> Federation:
 
 def run(stem: str, keys: argparse.Namespace) -> dict[str, Any]:
     """Measure a stem and return its figures."""
-    parts = Round(federation_of(stem, keys), keys.smoke)
+    parts = Round(federation_of(stem, keys), keys.iterations, keys.smoke)
     scale, unit = FULL_STEPS / keys.local_steps, parts.unit()
     turns: dict[str, Callable[[], float]] = {TRAINING: lambda: scale * seconds_of(parts.train, keys.device)}
     for mode in keys.modes:
-        turns[mode] = lambda mode=mode: seconds_of(lambda: parts.refine(mode), keys.device)
+        turns[mode] = lambda mode=mode: parts.scale(mode) * seconds_of(lambda: parts.refine(mode), keys.device)
     before = parts.refine(keys.modes[0])
     seconds = alternate(turns, keys.rounds, keys.warmup, lambda turn: parts.fuse())
     again = parts.refine(keys.modes[0])
@@ -195,7 +202,8 @@ def run(stem: str, keys: argparse.Namespace) -> dict[str, Any]:
     passes = {TRAINING: counted(parts.training_passes(), unit, scale * keys.clients)}
     for mode in keys.modes:
         forward = parts.generator_operations(parts.settings(mode)) / unit
-        passes[mode] = counted(parts.refinement_passes(mode), unit) | {"generator forward": forward}
+        found = counted(parts.refinement_passes(mode), unit, parts.scale(mode))
+        passes[mode] = found | {"generator forward": forward}
     parts.made.executor.close()
     return {"stem": stem, "steps": keys.local_steps, "unit": unit, "seconds": seconds, "passes": passes}
 
@@ -228,19 +236,20 @@ def main() -> None:
     parser.add_argument("--base", default="fedavg", help="base method")
     parser.add_argument("--clients", type=int, default=10, help="clients of the round, all active")
     parser.add_argument("--local-steps", type=int, default=FULL_STEPS, help="fewer are scaled to 50")
+    parser.add_argument("--iterations", type=int, help="fewer of a refinement are scaled to its mode's own number")
     parser.add_argument("--executor", choices=("serial", "threads", "vectorized"), default="threads")
     keys = parser.parse_args()
     if keys.smoke:
         keys.rounds, keys.warmup, keys.clients, keys.local_steps, keys.stems = 1, 0, 2, 2, keys.stems[:1]
-        keys.threads = 1
+        keys.threads, keys.iterations = 1, 2
     keep_freed_memory()  # as `fedstill run` does
     before = machine(keys.device, keys.threads)
     found = [run(stem, keys) for stem in keys.stems]
     result = {"benchmark": "distillation", "machine": before, "stems": found}
     columns = ["work", "seconds", "over the training (range)", *KINDS, "units", "units over the training's"]
     title = (
-        f"{keys.clients} clients, {FULL_STEPS} steps each (timed: {keys.local_steps}), {keys.device}, {keys.executor}; "
-        f"medians; passes in batches of 50"
+        f"{keys.clients} clients, {FULL_STEPS} steps each (timed: {keys.local_steps}); a refinement's own iterations "
+        f"(timed: {keys.iterations or 'all'}); {keys.device}, {keys.executor}; medians; passes in batches of 50"
     )
     report(
         result,

@@ -97,17 +97,18 @@ def test_distillation_counts_passes() -> None:
     # 2 clients of 20 samples; 2 steps each stand for the 50 of the paper's setting. In batches of 50:
     assert passes["local training"]["forward"] == pytest.approx(2 * 50 * 20 / 50)
     assert passes["local training"]["backward to the weights"] == pytest.approx(2 * 50 * 20 / 50)
-    # 2 iterations of batch 10. Generator: 2 teachers and the student; then the 2 teachers once and 5 student steps.
-    tenth = 2 * 10 / 50
-    assert passes["paper"]["forward"] == pytest.approx(tenth * (3 + 2 + 5))
-    assert passes["paper"]["backward to the inputs"] == pytest.approx(tenth * 3)
-    assert passes["paper"]["backward to the weights"] == pytest.approx(tenth * 5)
+    # 2 iterations of batch 10 stand for the mode's own 10 or 100. Generator: 2 teachers and the student; then the
+    # 2 teachers once and 5 student steps.
+    ten_steps = 10 * 10 / 50
+    assert passes["paper"]["forward"] == pytest.approx(ten_steps * (3 + 2 + 5))
+    assert passes["paper"]["backward to the inputs"] == pytest.approx(ten_steps * 3)
+    assert passes["paper"]["backward to the weights"] == pytest.approx(ten_steps * 5)
     # Noise for each step: the teachers answer five times.
-    assert passes["paper, noise_per = step"]["forward"] == pytest.approx(tenth * (3 + 5 * 2 + 5))
+    assert passes["paper, noise_per = step"]["forward"] == pytest.approx(ten_steps * (3 + 5 * 2 + 5))
     # The released code: a generator step for each teacher, with the student each time.
-    assert passes["code"]["forward"] == pytest.approx(tenth * (2 * 2 + 2 + 5))
-    # Without mining the student is not asked in the generator's step.
-    assert passes["tuned"]["forward"] == pytest.approx(tenth * (2 + 2 + 5))
+    assert passes["code"]["forward"] == pytest.approx(ten_steps * (2 * 2 + 2 + 5))
+    # Without mining the student is not asked in the generator's step; 100 iterations.
+    assert passes["tuned"]["forward"] == pytest.approx(10 * ten_steps * (2 + 2 + 5))
     assert all(one["units"] > one["forward"] for one in passes.values())  # backward passes and the generator
 
 
