@@ -181,7 +181,8 @@ def federation_of(stem: str, keys: argparse.Namespace) -> Federation:
             f"data.train_samples={min(source.train, 500 * keys.clients)}", "data.augment=flip-crop-half",
             "train.rounds=1000000", f"local.steps={keys.local_steps}", "local.batch_size=50", "local.lr=0.01",
             f"execution.device={keys.device}", f"execution.executor={keys.executor}",
-            f"execution.workers={keys.threads}", f"execution.server_threads={keys.threads}", *model,
+            f"execution.workers={keys.threads}", f"execution.server_threads={keys.threads}",
+            f"execution.cuda_graphs={str(keys.cuda_graphs).lower()}", *model,
         ],
         source,
     )  # fmt: skip
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10, help="clients of the round, all active")
     parser.add_argument("--local-steps", type=int, default=FULL_STEPS, help="fewer are scaled to 50")
     parser.add_argument("--iterations", type=int, help="fewer of a refinement are scaled to its mode's own number")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record and replay the server's step")
     parser.add_argument("--executor", choices=("serial", "threads", "vectorized"), default="threads")
     keys = parser.parse_args()
     if keys.smoke:

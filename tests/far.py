@@ -10,7 +10,8 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -60,14 +61,23 @@ class FarTensor(Tensor):
         return compute(func, args, kwargs or {})
 
 
+class RefusedInAGraph(RuntimeError):
+    """Something that cannot be recorded."""
+
+
 class FarDevice(TorchDispatchMode):
-    """The device while it is there; ``waited`` counts, by the line of fedstill, what made the host wait."""
+    """The device while it is there.
+
+    ``waited`` counts, by the line of fedstill, what made the host wait; ``graphs`` are those that were recorded.
+    """
 
     current: FarDevice | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.waited: Counter[str] = Counter()
+        self.graphs: list[FarGraph] = []
+        self.recording: FarGraph | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -116,12 +126,19 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise MixedDevices(f"{func}: a stream of another device")
     crosses = name in COPIES and far and far[-1] is not on_far and not kwargs.get("non_blocking")
     by_mask = name in INDEXED and any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+    waits = crosses or (any(far) and (name in WAITS or by_mask))
     here = FarDevice.current
-    if here is not None and (crosses or (any(far) and (name in WAITS or by_mask))):
+    if here is not None and waits:
         here.waited[caller()] += 1
     if target is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    found = func(*near(args), **near(kwargs))
+    if here is not None and here.recording is not None and (on_far or waits):
+        draws = any(isinstance(leaf, torch._C.Generator) for leaf in leaves)
+        if waits or draws:
+            raise RefusedInAGraph(f"{func} {'draws random numbers' if draws else 'makes the host wait'}")
+        found = here.recording.record(func, near(args), near(kwargs))
+    else:
+        found = func(*near(args), **near(kwargs))
     if name == "copy_":
         return args[0]
     if not on_far:
@@ -133,6 +150,73 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def near(values: Any) -> Any:
     """Return values with the tensors inside the wrappers."""
     return pytree.tree_map_only(FarTensor, lambda one: one.held, values)
+
+
+@dataclass(eq=False)
+class FarGraph:
+    """A CUDA graph on the device: what is recorded is not computed, and a replay knows nothing but the recording.
+
+    While it is recorded every operation is carried out, as its result's shape is needed, and undone: what it has
+    changed is put back, what it has made is filled with NaN. A replay carries out the same operations with the same
+    Python numbers on the same tensors. So a number that should change from call to call, or a tensor that has been
+    swapped for another, gives wrong results, as on a GPU.
+    """
+
+    operations: list[tuple[Any, Any, Any, list[Tensor]]] = field(default_factory=list)
+    before: dict[int, tuple[Tensor, torch.UntypedStorage]] = field(default_factory=dict)
+    made: set[int] = field(default_factory=set)
+    replays: int = 0
+
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry out an operation, keep it, and return what it gives."""
+        read = {place_of(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for place, tensor in read.items():
+            if place not in self.made and place not in self.before:
+                self.before[place] = tensor, tensor.untyped_storage().clone()
+        found = func(*args, **kwargs)
+        results = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+        self.made |= {place_of(one) for one in results} - read.keys()
+        self.operations.append((func, args, kwargs, results))
+        return found
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record what runs within the block, and undo it."""
+        device = FarDevice.current
+        assert device is not None
+        device.graphs.append(self)
+        device.recording = self
+        try:
+            yield
+        finally:
+            device.recording = None
+            for tensor, storage in self.before.values():
+                tensor.untyped_storage().copy_(storage)
+            for *_, results in self.operations:
+                for one in results:
+                    if place_of(one) in self.made and one.is_floating_point():
+                        one.fill_(float("nan"))
+
+    def replay(self) -> None:
+        """Carry out all operations again, into the same memory."""
+        self.replays += 1
+        for func, args, kwargs, results in self.operations:
+            found = [leaf for leaf in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for own, value in zip(results, found, strict=True):
+                if place_of(own) != place_of(value):  # else it is a view, or what was changed in place
+                    own.copy_(value)
+
+
+class FarStream:
+    """A stream of work on the device, which does everything at once."""
+
+    def wait_stream(self, other: FarStream) -> None:
+        """Wait for nothing."""
+
+
+def place_of(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def caller() -> str:
@@ -152,6 +236,12 @@ def far_device() -> Iterator[FarDevice]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(import_module("fedstill.build"), "device_of", lambda config: FAR)
         patch.setattr(import_module("fedstill.build"), "set_products_of_float32", lambda config: None)
+        patch.setattr(torch.cuda, "CUDAGraph", FarGraph)
+        patch.setattr(torch.cuda, "graph", lambda graph, stream: graph.recorded())
+        patch.setattr(torch.cuda, "Stream", FarStream)
+        patch.setattr(torch.cuda, "current_stream", FarStream)
+        patch.setattr(torch.cuda, "stream", nullcontext)
+        patch.setattr(import_module("torch.optim.adam"), "_get_capturable_supported_devices", lambda: ["meta"])
         for name in ("tensor", "as_tensor"):  # which make a tensor of a device where no mode sees it
             patch.setattr(torch, name, on_device(getattr(torch, name)))
         yield device

@@ -90,6 +90,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind: str, tmp_path: Pa
     assert untimed(read_metrics(tmp_path / "stopped")) == untimed(read_metrics(tmp_path / "whole"))
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no CUDA graphs")
+@pytest.mark.parametrize("mode", ["paper", "code", "tuned"])
+def test_cuda_graphs_give_the_same_numbers(mode: str) -> None:
+    keys = ["method=fedavg+fedftg", f"fedftg.mode={mode}", "fedftg.iterations=4", "fedftg.freeze_unused_biases=true"]
+    keys += [*CNN, "model.norm=bn", f"execution.device={DEVICE}"]
+    _, computed, _ = play(*keys, rounds=1)
+    _, replayed, _ = play(*keys, "execution.cuda_graphs=true", rounds=1)
+    agree(computed, replayed, within=1e-3)
+
+
 def test_bf16_and_tf32_stay_near() -> None:
     _, fine, _ = play(*CNN, f"execution.device={DEVICE}")
     kinds = ["bf16", "tf32"] if DEVICE == "cuda" else ["bf16"]

@@ -322,8 +322,8 @@ class Federation:
         def stream(purpose: str) -> torch.Generator:
             return torch_stream(self.config.seed.train, purpose, round, device=self.device)
 
-        decay = self.config.local.lr_decay**round
-        return RoundContext(round, info, decay, stream, self.device, self.public, self.validation, real)
+        decay, graphs = self.config.local.lr_decay**round, self.config.execution.cuda_graphs
+        return RoundContext(round, info, decay, stream, self.device, self.public, self.validation, real, graphs)
 
     def needs_teachers(self, round: int) -> bool:
         """Say whether a round's uploads are looked at as an ensemble: to refine, or to measure it."""

@@ -279,7 +279,7 @@ def test_the_generator_phase_changes_the_generator_alone(mode: str) -> None:
     run = scene(mode=mode, lambda_md=1.0)
     assert run.generator is not None
     before = Everything.of(run)
-    run.generator_step(run.generator, run.draws.noise(0, 0), run.draws.labels(0))
+    run.generator_step(run.draws.noise(0, 0), run.draws.labels(0))
     after = Everything.of(run)
     assert not changed(before.student, after.student)
     assert not changed(before.student_buffers, after.student_buffers)

@@ -8,7 +8,6 @@ teachers' outputs are computed once per batch, never per student step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedstill.distill import losses
+from fedstill.distill.graphs import Piece, Recorder
 from fedstill.distill.inputs import AnyGenerator, Draws, GeneratedInputs, Inputs
 from fedstill.distill.labels import LabelSampling
+from fedstill.distill.log import Log
 from fedstill.distill.teachers import Teachers
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture, sample_weights
 from fedstill.models.stateless import Stateless
@@ -92,24 +93,12 @@ class DistillationSettings(ModedSettings):
 
 
 @dataclass
-class Log:
-    """What a refinement measures on its way."""
-
-    trace: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, **values: Tensor) -> None:
-        """Note values; they are not read back to the host here."""
-        for name, value in values.items():
-            self.trace[name].append(value.detach())
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of each value over the refinement."""
-        return {name: float(torch.stack(values).double().mean()) for name, values in self.trace.items()}
-
-
-@dataclass
 class Distillation:
-    """One refinement under way: student, teachers, inputs and optimisers."""
+    """One refinement under way: student, teachers, inputs and optimisers.
+
+    With ``cuda_graphs`` its pieces are recorded and replayed; where inputs are not generated, all but the drawing of
+    these.
+    """
 
     settings: DistillationSettings
     model: Stateless
@@ -119,6 +108,7 @@ class Distillation:
     draws: Draws
     generator: AnyGenerator | None
     lr_factor: float = 1.0
+    cuda_graphs: bool = False
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
@@ -132,26 +122,36 @@ class Distillation:
             idle = set(self.generator.biases_before_norm()) if keys.freeze_unused_biases else set()
             learnt = [value for name, value in self.generator.named_parameters() if name not in idle]
             rate, decay = keys.lr_generator * self.lr_factor, keys.weight_decay_generator
-            self.adam = torch.optim.Adam(learnt, lr=rate, weight_decay=decay)
+            self.adam = torch.optim.Adam(learnt, lr=rate, weight_decay=decay, capturable=self.cuda_graphs)
+        recorder = Recorder(self.cuda_graphs, self.log)
+        self.running = recorder.running
+        self.learn, self.ask = recorder.of(self.generator_step), recorder.of(self.answers)
+        self.step = recorder.of(self.student_step)
+        self.batch: Piece = self.inputs.batch
+        if isinstance(self.inputs, GeneratedInputs):
+            self.batch = recorder.of(self.inputs.batch)
 
     def run(self) -> Weights:
         """Run all iterations and return the student."""
-        for iteration in range(self.settings.iterations):
-            labels = self.draws.labels(iteration)
-            noise = self.draws.noise(iteration, 0)
-            if self.generator is not None:
-                for _ in range(self.settings.generator_steps):
-                    self.generator_step(self.generator, noise, labels)
-            self.student_phase(iteration, noise, labels)
+        with self.running():
+            for iteration in range(self.settings.iterations):
+                labels = self.draws.labels(iteration)
+                noise = self.draws.noise(iteration, 0)
+                if self.generator is not None:
+                    for _ in range(self.settings.generator_steps):
+                        self.learn(noise, labels)
+                self.student_phase(iteration, noise, labels)
         return self.student
 
-    def generator_step(self, generator: AnyGenerator, noise: Tensor, labels: Tensor) -> None:
+    def generator_step(self, noise: Tensor, labels: Tensor) -> tuple[()]:
         """Let the generator take one step, or one for each teacher in turn."""
-        generator.train()
+        assert self.generator is not None
+        self.generator.train()
         turns = range(len(self.teachers)) if self.settings.generator_update == "per-teacher" else [None]
         for teacher in turns:
-            x = generator(noise, labels)
+            x = self.generator(noise, labels)
             self._adam_step(self.generator_loss(x, noise, labels, teacher))
+        return ()
 
     def generator_loss(self, x: Tensor, noise: Tensor, labels: Tensor, teacher: int | None) -> Tensor:
         """Return ``- lambda_md L_md + lambda_cls L_cls + lambda_dis L_dis + lambda_bn L_bn``.
@@ -191,16 +191,22 @@ class Distillation:
         for step in range(keys.student_steps):
             if step == 0 or keys.noise_per == "step":
                 fresh = noise if step == 0 else self.draws.noise(iteration, step)
-                x, y = self.inputs.batch(labels, fresh)
-                with torch.no_grad():
-                    logits = self.teachers.logits(x)
-                    weights = sample_weights(self.shares, y, keys.teacher).to(logits)
-                    target = mixture(logits, self.shares, y, keys.teacher)
-                    seen = (target.argmax(-1) == y) & (target.sum(-1) > 0)  # a label nobody holds has no target
-                    self.log.add(label_accuracy=seen.double().mean())
-            self.student_step(x, logits, weights, target)
+                x, y = self.batch(labels, fresh)
+                answers = self.ask(x, y)
+            self.step(x, *answers)
 
-    def student_step(self, x: Tensor, logits: Tensor, weights: Tensor, target: Tensor) -> None:
+    @torch.no_grad()
+    def answers(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the teachers' logits on a batch, their weights in each sample, and their mixture."""
+        keys = self.settings
+        logits = self.teachers.logits(x)
+        weights = sample_weights(self.shares, y, keys.teacher).to(logits)
+        target = mixture(logits, self.shares, y, keys.teacher)
+        seen = (target.argmax(-1) == y) & (target.sum(-1) > 0)  # a label nobody holds has no target
+        self.log.add(label_accuracy=seen.double().mean())
+        return logits, weights, target
+
+    def student_step(self, x: Tensor, logits: Tensor, weights: Tensor, target: Tensor) -> tuple[()]:
         """Take one SGD step on the distillation loss."""
         keys = self.settings
         with learning(self.student) as params:
@@ -209,6 +215,7 @@ class Distillation:
             grads = gradients(loss, list(params.values()))
         self.sgd.update(list(self.student.params.values()), grads, [])
         self.log.add(student_loss=loss)
+        return ()
 
 
 @contextmanager

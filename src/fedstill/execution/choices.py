@@ -31,6 +31,8 @@ def resolve(config: Config) -> Config:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("execution.device = 'cuda', but PyTorch sees no CUDA device here")
+    if execution.cuda_graphs and device != "cuda":
+        raise InputError("execution.cuda_graphs needs a GPU; leave the key out on a CPU")
     executor = execution.executor
     if executor == "processes" and device != "cpu":
         raise InputError("execution.executor = 'processes' trains on a CPU; take vectorized (or auto) on a GPU")

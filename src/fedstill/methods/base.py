@@ -214,6 +214,8 @@ class RoundContext:
         The server's own validation samples.
     real : Samples or None
         The cohort's own data, in simulation only: the oracle's inputs.
+    cuda_graphs : bool
+        Whether a refinement may record its steps as CUDA graphs.
     """
 
     round: int
@@ -224,6 +226,7 @@ class RoundContext:
     public: Samples | None = None
     validation: Samples | None = None
     real: Samples | None = None
+    cuda_graphs: bool = False
 
 
 class ServerFusion(Protocol):

@@ -65,7 +65,8 @@ from fedstill.distill.inputs import (
     StreamDraws,
 )
 from fedstill.distill.labels import LabelSampling, draw_labels
-from fedstill.distill.loop import Distillation, DistillationSettings, Log, learning, module_state
+from fedstill.distill.log import Log
+from fedstill.distill.loop import Distillation, DistillationSettings, learning, module_state
 from fedstill.distill.teachers import SomeTeachers, Teachers, teacher_accuracies
 from fedstill.errors import InputError
 from fedstill.evaluation import evaluate
@@ -314,7 +315,7 @@ def generator_phase(
         with torch.no_grad():
             for _ in range(extra):  # equal batches; only the running statistics follow
                 generator(noise, labels)
-        run.generator_step(generator, noise, labels)
+        run.generator_step(noise, labels)
     return run
 
 

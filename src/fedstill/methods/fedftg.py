@@ -225,7 +225,9 @@ class FedFTG:
             keys.labels, teachers.counts, keys.iterations, keys.batch_size, context.stream("distillation-labels")
         )
         draws = StreamDraws(labels, context.stream("distillation-noise"), keys.noise_dim, dtype)
-        run = Distillation(keys, model, student, teachers, inputs, draws, generator, context.lr_factor)
+        run = Distillation(
+            keys, model, student, teachers, inputs, draws, generator, context.lr_factor, context.cuda_graphs
+        )
         weights = run.run()
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())

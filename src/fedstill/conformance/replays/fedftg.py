@@ -123,10 +123,11 @@ class Watched(Distillation):
         self.generator.register_forward_hook(made)
         self.adam.register_step_post_hook(stepped)
 
-    def student_step(self, *given: Tensor) -> None:
+    def student_step(self, *given: Tensor) -> tuple[()]:
         """Take a step and keep what came of it."""
         super().student_step(*given)
         self.students.append(self.net.flat(self.student))
+        return ()
 
 
 def prepared(case: Case, keys: FedFTGSettings, batched: bool) -> Watched:
