@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedstill.cli import app
 from fedstill.demo import ALONE, FEDAVG, POOLED, RUNS, SCAFFOLD, Comparison, configuration, demo, show
 from fedstill.errors import InputError
-from fedstill.runs.directory import read_metrics
+from fedstill.runs import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedstill import cli
 from fedstill.profiling import PHASES
-from fedstill.runs.directory import read_metrics
+from fedstill.runs import read_metrics
 from small import untimed
 
 QUICK = ["data.train_samples=200", "data.test_samples=100", "data.server_validation=0", "data.clients=4"]

@@ -15,6 +15,7 @@ from fedstill.errors import InputError
 from fedstill.models import list_models
 from fedstill.reproduce.metrics import Scale
 from fedstill.reproduce.tables import Cell, Keys, Paper, Table
+from fedstill.runs.metrics import METRICS
 from fedstill.studies.plan import Study
 from fedstill.studies.results import SeedRun, found_in, read_run
 from fedstill.studies.sweep import difference
@@ -135,7 +136,7 @@ def _seeds(place: Path) -> list[tuple[int, Path]]:
 
 
 def _seed_run(config: Config, folder: Path, seed: int) -> SeedRun:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     run = read_run(folder) if metrics.exists() and b"\n" in metrics.read_bytes() else None
     wanted = config.model_copy(update={"seed": SeedSettings(data=seed, train=seed)})
     if run is not None and (key := difference(wanted, run.config)):

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +31,7 @@ from fedstill.federation import Federation
 from fedstill.runs.checkpoint import CheckpointStore, manifests, round_of
 from fedstill.runs.environment import environment
 from fedstill.runs.files import WriteError, disk_errors, sha256, write_atomically
+from fedstill.runs.metrics import METRICS, flatten, metrics_up_to
 
 fcntl: ModuleType | None
 try:
@@ -145,12 +145,12 @@ class RunDirectory:
             If some of them are missing or damaged; nothing is written.
         """
         kept = metrics_up_to(self.path, round)[:round]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return kept
 
     def record(self, record: Record) -> None:
         """Add one round's metrics, as a line and as TensorBoard events."""
-        file = self.path / "metrics.jsonl"
+        file = self.path / METRICS
         with disk_errors(file), file.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -313,79 +313,6 @@ def _store(path: Path, config: Config, federation: Federation) -> CheckpointStor
     states: Literal["memory", "disk"] = "disk" if config.execution.client_states == "disk" else "memory"
     holds = len(federation.groups), len(federation.method.refinements)
     return CheckpointStore(path, config.checkpoint.keep, sha256(key.encode()), federation.device, states, holds)
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Return the rounds of a run, from the first on; a last line that was cut short is left out.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read, a line before the last one is damaged, a line is no round's, or a round is missing
-        before another.
-    """
-    file = path / "metrics.jsonl"
-    try:
-        lines = file.read_text().splitlines() if file.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as text ({error})") from error
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise InputError(f"{file}:{number}: damaged line") from error
-    for number, record in enumerate(records, 1):
-        _check_line(f"{file}:{number}", number, record)
-    return records
-
-
-def _check_line(where: str, number: int, record: object) -> None:
-    """Refuse a line that is not the metrics of round ``number``."""
-    go_on = "remove this line and those after it, and go on with 'fedstill resume'"
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a round's metrics; {go_on}")
-    for key, kind in {"round": int, "bytes": dict, "seconds": dict}.items():
-        if not isinstance(record.get(key), kind):
-            raise InputError(f"{where}: not a round's metrics ({key}: missing or no {kind.__name__}); {go_on}")
-    if record["round"] != number:
-        raise InputError(f"{where}: round {record['round']} stands where round {number} belongs; {go_on}")
-
-
-def metrics_up_to(path: Path, round: int) -> list[Record]:
-    """Return the rounds of a run of which a checkpoint knows ``round``.
-
-    Raises
-    ------
-    InputError
-        If the metrics are damaged, or have fewer rounds: a checkpoint is written after the lines that it counts on.
-    """
-    records = read_metrics(path)
-    there = len(records)
-    if there >= round:
-        return records
-    missing = f"round {round} is" if there + 1 == round else f"rounds {there + 1} to {round} are"
-    later = [file for file in manifests(path) if round_of(file) > there]
-    if older := [file for file in manifests(path) if round_of(file) <= there]:
-        back = f"to go on from {older[-1].stem} instead, remove {' and '.join(map(str, later))}"
-    else:
-        back = f"to begin again at round 1, remove {path / 'checkpoints'} and give 'fedstill resume {path}'"
-    raise InputError(
-        f"{path / 'metrics.jsonl'}: {missing} missing, though there is a checkpoint of round {round}; put the file "
-        f"back, or {back}"
-    )
-
-
-def flatten(record: Mapping[str, object], prefix: str = "") -> list[tuple[str, float]]:
-    """Return the numbers of a record by slash-separated names; lists are left out."""
-    found: list[tuple[str, float]] = []
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found += flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "round":
-            found.append((f"{prefix}{name}", float(value)))
-    return found
 
 
 def write_json(path: Path, value: object) -> None:

@@ -20,7 +20,8 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.methods.registry import list_methods
 from fedstill.progress import megabytes
-from fedstill.runs.directory import RunDirectory, read_fingerprints, read_metrics
+from fedstill.runs.directory import RunDirectory, read_fingerprints
+from fedstill.runs.metrics import METRICS, whole_lines
 from fedstill.settings import ModedSettings
 
 INDEX = "study.json"
@@ -181,27 +182,6 @@ def read(paths: Sequence[Path]) -> Results:
 # One run
 
 
-class _Accuracy(BaseModel):
-    accuracy: float
-
-
-class _Scores(BaseModel):
-    test: _Accuracy | None = None
-    validation: _Accuracy | None = None
-    clients: _Accuracy | None = None
-
-
-class _Line(BaseModel):
-    """What a line of metrics must hold for what is read here."""
-
-    round: int
-    bytes: dict[str, dict[str, int]]
-    seconds: dict[str, float]
-    fused: _Scores | None = None
-    refined: _Scores | None = None
-    ensembles: dict[str, float] | None = None
-
-
 def read_run(path: Path) -> RunData:
     """Read a run directory; a last line of metrics that was cut short is left out and remarked.
 
@@ -218,27 +198,11 @@ def read_run(path: Path) -> RunData:
 
 def _read(path: Path) -> RunData:
     config = RunDirectory.read_config(path)
-    file = path / "metrics.jsonl"
-    try:
-        records = read_metrics(path)
-        lines = len(file.read_text().splitlines()) if file.exists() else 0
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as text ({error})") from error
-    for number, record in enumerate(records, 1):
-        _check_line(file, number, record)
-    remarks = [f"{file}: its last line was cut short and is left out"] if lines > len(records) else []
+    records, cut_short = whole_lines(path)
+    remarks = [f"{path / METRICS}: its last line was cut short and is left out"] if cut_short else []
     environment = _json(path / "environment.json", needed=False)
     found = read_fingerprints(path)
     return RunData(path, config, records, found.partition, found.data, environment, tuple(remarks))
-
-
-def _check_line(file: Path, number: int, record: object) -> None:
-    try:
-        _Line.model_validate(record)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "line"
-        raise InputError(f"{file}:{number}: not a round's metrics ({key}: {problem['msg']})") from error
 
 
 def _json(file: Path, needed: bool = True) -> Keys:
@@ -351,7 +315,7 @@ def _group(folder: Path, cells: Sequence[_Cell], common: set[str]) -> Group:
 
 
 def _planned(directory: Path, seed: str) -> SeedRun:
-    file = directory / "metrics.jsonl"
+    file = directory / METRICS
     run = _read(directory) if file.exists() and file.stat().st_size else None
     return found_in(directory, seed, run if run and run.records else None)
 

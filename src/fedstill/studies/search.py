@@ -19,8 +19,9 @@ from rich.table import Table
 
 from fedstill.errors import InputError
 from fedstill.experiment import accuracies
-from fedstill.runs.directory import read_metrics, write_json
+from fedstill.runs.directory import write_json
 from fedstill.runs.files import disk_errors
+from fedstill.runs.metrics import read_metrics
 from fedstill.studies.plan import Cell, Range, SearchTable, Study, dotted, ends_of
 from fedstill.studies.results import in_words
 from fedstill.studies.sweep import (

@@ -26,8 +26,9 @@ from fedstill.methods.registry import compose
 from fedstill.pool import Failure, outcomes
 from fedstill.progress import Reporter, Tell, seconds_spent
 from fedstill.runs.checkpoint import manifests, round_of
-from fedstill.runs.directory import BEGUN, START, RunDirectory, began, lock, metrics_up_to, running, write_json
+from fedstill.runs.directory import BEGUN, START, RunDirectory, began, lock, running, write_json
 from fedstill.runs.files import disk_errors, write_atomically
+from fedstill.runs.metrics import metrics_up_to
 from fedstill.studies.display import Pace, StudyDisplay
 from fedstill.studies.plan import COPY, Cell, Study, copy_of
 from fedstill.studies.results import FAILED, INDEX, failure, gives_the_same
