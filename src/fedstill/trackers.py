@@ -21,7 +21,8 @@ from fedstill.callbacks import Callback, RunInfo, StopRun
 from fedstill.config import TrackingSettings, flat
 from fedstill.errors import InputError
 from fedstill.evaluation import Record
-from fedstill.runs.directory import flatten, write_json
+from fedstill.runs.directory import write_json
+from fedstill.runs.metrics import flatten
 
 PROJECT = "fedstill"
 
