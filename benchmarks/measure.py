@@ -32,6 +32,7 @@ from fedstill.build import build
 from fedstill.config import load_config
 from fedstill.data.dataset import RawDataSet, Samples
 from fedstill.federation import Federation
+from fedstill.markdown import grid
 from fedstill.runs.environment import environment
 from fedstill.weights import Weights
 
@@ -328,10 +329,7 @@ def report(result: dict[str, Any], title: str, table: Table, file: Path | None) 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table; numbers to three places that count."""
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join(["---", *["---:"] * (len(columns) - 1)]) + " |"]
-    for row in rows:
-        lines.append("| " + " | ".join(cell(value) for value in row) + " |")
-    return "\n".join(lines)
+    return grid(columns, [[cell(value) for value in row] for row in rows])
 
 
 def cell(value: object) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from fedstill.errors import InputError
+from fedstill.markdown import grid
 from fedstill.studies.compare import Summary, compare
 from fedstill.studies.statistics import Difference
 from fedstill.studies.tables import per_cent, points
@@ -22,12 +23,6 @@ ADDED = {
     "FedDF, data-free": "+FedDF, data-free",
 }
 Rows = dict[str, Summary]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def by_setting(study: str) -> dict[str, Rows]:
@@ -89,7 +84,7 @@ def at_equal_rounds(found: dict[str, Rows]) -> Iterator[str]:
                 )  # fmt: skip
         header = [name, "round 1", "mean over rounds", "last round", "within a point at the end", "time over training"]
         if rows:
-            yield table(header, rows)
+            yield grid(header, rows) + "\n"
 
 
 def at_equal_seconds(found: dict[str, Rows]) -> Iterator[str]:
@@ -101,7 +96,7 @@ def at_equal_seconds(found: dict[str, Rows]) -> Iterator[str]:
             if any(base + added in own for base in BASES)
         ]
         if rows:
-            yield table([name, *BASES], rows)
+            yield grid([name, *BASES], rows) + "\n"
 
 
 def _equal(rows: Rows, name: str) -> Difference | None:
@@ -117,7 +112,7 @@ def finals(found: dict[str, Rows]) -> Iterator[str]:
             if any(base + added in own for base in BASES)
         }  # fmt: skip
         rows = [[base, *(_final(own.get(base + added)) for added in columns.values())] for base in BASES if base in own]
-        yield f"### {setting}\n\n" + table(["", *columns], rows)
+        yield f"### {setting}\n\n" + grid(["", *columns], rows) + "\n"
 
 
 def _final(one: Summary | None) -> str:
@@ -126,7 +121,7 @@ def _final(one: Summary | None) -> str:
 
 def ablations(rows: Rows) -> str:
     """Return FedFTG's parts: the last round, the mean over the rounds, and the differences from SCAFFOLD alone."""
-    return table(
+    return grid(
         ["", "last round", "mean over rounds", "from SCAFFOLD, last round", "mean"],
         [
             [
@@ -136,7 +131,7 @@ def ablations(rows: Rows) -> str:
             for name, one in rows.items()
             if name.startswith("paper")
         ],
-    )  # fmt: skip
+    ) + "\n"  # fmt: skip
 
 
 def main(study: str) -> None:

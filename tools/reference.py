@@ -21,6 +21,7 @@ from fedstill import presets
 from fedstill.cli import app
 from fedstill.config import Config
 from fedstill.data import list_augmentations, list_datasets, list_protocols
+from fedstill.markdown import grid
 from fedstill.methods.registry import list_methods
 from fedstill.models import list_models
 from fedstill.settings import ModedSettings
@@ -55,7 +56,7 @@ def configuration_page() -> str:
     lines = [CONFIGURATION, "", "## Top level", ""]
     tables = {name: found for name, field in Config.model_fields.items() if (found := table_of(field))}
     own = {name: field for name, field in Config.model_fields.items() if name not in tables}
-    lines += keys_table("", own)
+    lines.append(keys_table("", own))
     for name, settings in tables.items():
         lines += ["", f"## `[{name}]`", *about(settings, name)]
         if get_origin(Config.model_fields[name].annotation) is tuple:
@@ -63,7 +64,7 @@ def configuration_page() -> str:
                 "",
                 f"Several `[[{name}]]` tables give a federation [several architectures](different-models.md).",
             ]
-        lines += ["", *keys_table(f"{name}.", settings.model_fields)]
+        lines += ["", keys_table(f"{name}.", settings.model_fields)]
         if issubclass(settings, ModedSettings):
             lines += ["", *modes_table(name, settings)]
     names: dict[str, Mapping[str, str]] = {
@@ -76,7 +77,7 @@ def configuration_page() -> str:
     }
     for title, entries in names.items():
         rows = [(f"`{name}`", in_cell(text)) for name, text in entries.items()]
-        lines += ["", f"## {title}", "", *markdown_table(("name", ""), rows)]
+        lines += ["", f"## {title}", "", grid(("name", ""), rows, left=None)]
     return "\n".join(lines) + "\n"
 
 
@@ -96,13 +97,13 @@ def about(settings: type[BaseModel], name: str) -> Iterator[str]:
         yield from ("", f"The method: [{name}](methods/{name}.md).")
 
 
-def keys_table(prefix: str, fields: Mapping[str, FieldInfo]) -> list[str]:
+def keys_table(prefix: str, fields: Mapping[str, FieldInfo]) -> str:
     """Return a row for every key."""
     rows = [
         (f"`{prefix}{name}`", kind(field), value(field.default), in_cell(field.description or ""))
         for name, field in fields.items()
     ]
-    return markdown_table(("key", "value", "default", ""), rows)
+    return grid(("key", "value", "default", ""), rows, left=None)
 
 
 def modes_table(name: str, settings: type[ModedSettings]) -> list[str]:
@@ -114,7 +115,7 @@ def modes_table(name: str, settings: type[ModedSettings]) -> list[str]:
         for key in sorted({key for keys in by_mode.values() for key in keys})
     ]
     said = f"`{name}.mode` sets these keys where they are not given:"
-    return [said, "", *markdown_table(("key", *(f"`{mode}`" for mode in modes)), rows)]
+    return [said, "", grid(("key", *(f"`{mode}`" for mode in modes)), rows, left=None)]
 
 
 def kind(field: FieldInfo) -> str:
@@ -174,9 +175,9 @@ def parameters(callback: Callable[..., Any], params: Iterable[Any]) -> Iterator[
             takes = taken(hints[param.name], param.metavar, param.multiple)
             options.append((names, takes, "" if default in (None, False) else f"`{default}`", what))
     if arguments:
-        yield from ("", *markdown_table(("argument", "", ""), arguments))
+        yield from ("", grid(("argument", "", ""), arguments, left=None))
     if options:
-        yield from ("", *markdown_table(("option", "takes", "default", ""), options))
+        yield from ("", grid(("option", "takes", "default", ""), options, left=None))
 
 
 def taken(hint: Any, metavar: str | None, multiple: bool) -> str:
@@ -186,11 +187,6 @@ def taken(hint: Any, metavar: str | None, multiple: bool) -> str:
         return ""
     words = {int: "whole number", float: "number", str: "text", Path: "path"}
     return (f"`{metavar}`" if metavar else words.get(kinds[0], "text")) + (", repeatable" if multiple else "")
-
-
-def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table."""
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
 
 
 def in_cell(text: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
+from fedstill.markdown import grid
 from fedstill.progress import megabytes
 
 GOAL = 0.9
@@ -172,10 +173,7 @@ def markdown(curves: Sequence[Curve], bounds: Sequence[Bound], title: str) -> st
     for bound in bounds:
         cells = [f"{bound.kind}: {bound.name}", *bound_cells(bound, ends(curves))]
         rows.append(cells + [""] * (len(names) - len(cells)))
-    rule = ["---"] + ["---:"] * (len(names) - 1)
-    lines = [" | ".join(cells) for cells in (names, rule, *rows)]
-    body = "\n".join(f"| {line} |" for line in lines)
-    return f"{title}\n\n{body}\n\n{reading(curves, bounds)}\n"
+    return f"{title}\n\n{grid(names, rows)}\n\n{reading(curves, bounds)}\n"
 
 
 def reading(curves: Sequence[Curve], bounds: Sequence[Bound]) -> str:

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from fedstill.markdown import grid
 from fedstill.reproduce.metrics import AtRound, RoundsTo, Scale
 from fedstill.reproduce.runs import Found
 from fedstill.reproduce.tables import NOT_AVAILABLE, Cell, Table, Unit
@@ -197,12 +198,10 @@ class Sheet:
         """Return some cells as Markdown, by default all."""
         head = self.head
         columns = self._columns(cells or self.table.cells)
-        rule = ["---", "---"] + ["---:"] * len(columns)
-        rows = [["", "", *columns], rule, *self.lines(cells or self.table.cells, columns)]
-        grid = [f"| {' | '.join(cells)} |" for cells in rows]
+        rows = grid(["", "", *columns], self.lines(cells or self.table.cells, columns), left=2)
         bold = f"**{head[2]}**" if self.scale == "small" else head[2]
         foot = [f"- {line}" for line in self.foot]
-        return "\n".join([f"# {head[0]}", "", head[1], "", bold, "", head[3], "", *grid, "", *foot]) + "\n"
+        return "\n".join([f"# {head[0]}", "", head[1], "", bold, "", head[3], "", rows, "", *foot]) + "\n"
 
     def rich(self, cells: Collection[Cell]) -> list[RichTable]:
         """Return some cells as tables for a terminal, ``WIDEST`` columns each."""

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedstill.errors import InputError, RunError
+from fedstill.markdown import grid
 from fedstill.names import unknown
 from fedstill.runs.files import write_atomically
 from fedstill.studies.compare import (
@@ -355,11 +356,10 @@ def _markdown_sheet(sheet: Sheet) -> str:
         [f"**{_markdown(cell)}**" if (at, place) in sheet.best else _markdown(cell) for place, cell in enumerate(row)]
         for at, row in enumerate(sheet.rows)
     ]
-    rule = ["---"] + ["---:"] * (len(sheet.header) - 1)
-    lines = [f"| {' | '.join(cells)} |" for cells in ([_markdown(name) for name in sheet.header], rule, *rows)]
+    lines = grid([_markdown(name) for name in sheet.header], rows)
     title = [f"### {_markdown(sheet.title)}", ""] if sheet.title else []
     notes = [line for note in sheet.notes for line in ("", _markdown(note))]
-    return "\n".join([*title, *lines, *notes]) + "\n"
+    return "\n".join([*title, lines, *notes]) + "\n"
 
 
 def _markdown(text: str) -> str:
