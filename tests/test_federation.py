@@ -538,6 +538,22 @@ def test_evaluation_does_not_change_the_run() -> None:
     assert same_state(state, other)
 
 
+@pytest.mark.parametrize("model", ['{name="mlp"}', '[{name="mlp"},{name="mlp",hidden=[7]}]'])
+def test_what_refinement_starts_from_is_measured_where_the_ensembles_are(model: str) -> None:
+    keys = ["method=fedavg+fedftg", f"model={model}", "data.partition=dirichlet-per-client"]
+    _, _, (first, _) = play(*keys)
+    assert first["ensembles"]["fused"] == pytest.approx(first["fused"]["test"]["accuracy"])  # on all test samples
+
+    federation, state, records = play("eval.ensemble_samples=30")
+    part = federation.evaluation.ensembles
+    assert part is not None
+    model_, weights = federation.model, state.server.weights
+    right = model_(weights.params, weights.buffers, part.x, train=False).argmax(-1) == part.y
+    assert len(part) == 30
+    assert records[-1]["ensembles"]["fused"] == pytest.approx(float(right.float().mean()))
+    assert records[-1]["ensembles"]["fused"] != records[-1]["fused"]["test"]["accuracy"]
+
+
 def test_ensembles_do_not_depend_on_whether_the_method_asks_for_label_counts() -> None:
     keys = ["data.client_test=0.4", "data.beta=0.1", "data.partition=dirichlet-per-client", "train.rounds=1"]
     _, _, fedavg = play(*keys)
@@ -614,7 +630,7 @@ def test_a_rounds_record_holds_what_the_run_directory_promises() -> None:
             assert found[model]["test"].keys() == {"accuracy", "loss", "per_class"}
             assert len(found[model]["test"]["per_class"]) == 10
             assert len(found[model]["by_client_label_mix"]) == 4
-        assert found["ensembles"].keys() == {"uniform", "logits", "class_weighted"}
+        assert found["ensembles"].keys() == {"uniform", "logits", "class_weighted", "fused"}
         assert found["refinement"]["fedftg"].keys() >= {
             "student_loss",
             "generator_md",

@@ -210,11 +210,12 @@ class Evaluation:
             record["clients"] = by_client(counted[:, 0], counted[:, 1])
         return record
 
-    def ensemble_accuracies(self, teachers: Teachers) -> Record:
-        """Return the accuracy of the cohort's ensembles: the ceiling of any refinement.
+    def ensemble_accuracies(self, teachers: Teachers, fused: Iterable[tuple[Stateless, Weights, int]]) -> Record:
+        """Return the accuracy of the cohort's ensembles, the ceiling of any refinement, and of what it starts from.
 
         ``uniform`` averages probabilities, ``logits`` averages logits (FedEnsemble in FedGen's table),
-        ``class_weighted`` weighs class by class.
+        ``class_weighted`` weighs class by class. ``fused`` is the mean over the fused models, each with the number of
+        its clients, on the same samples.
         """
         samples = self.ensembles
         if samples is None:
@@ -223,7 +224,9 @@ class Evaluation:
         found = ensemble_accuracies(
             teachers, samples.x, samples.y, [*kinds.values()], self.batch_size, channels_last=self.channels_last
         )
-        return dict(zip(kinds, found, strict=True))
+        starts = [(self.score(model, weights, samples).accuracy, clients) for model, weights, clients in fused]
+        start = sum(accuracy * clients for accuracy, clients in starts) / sum(clients for _, clients in starts)
+        return {**dict(zip(kinds, found, strict=True)), "fused": start}
 
 
 def by_client(right: Tensor, seen: Tensor) -> Record:

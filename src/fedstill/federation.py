@@ -388,7 +388,9 @@ class Federation:
                 record["all"] = self.scores(self.averages(following, None))
         if teachers is None or not self.due(round, self.config.eval.ensembles_every):
             return record
-        ensembles = self.evaluation.ensemble_accuracies(teachers)
+        pairs = zip(self.architectures, fused, strict=True)
+        starts = ((one.model, model.server.weights, one.info.size) for one, model in pairs)
+        ensembles = self.evaluation.ensemble_accuracies(teachers, starts)
         return {**record, "ensembles": ensembles} if ensembles else record
 
     def own_models(self, state: FederationState) -> list[tuple[Stateless, Weights]]:

@@ -19,7 +19,7 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
 from fedstill.report.html.style import Palette
-from fedstill.studies.compare import LAST, Comparison, ComparisonTable, Summary, compare, figures_of
+from fedstill.studies.compare import ENSEMBLES, LAST, Comparison, ComparisonTable, Summary, compare, figures_of
 from fedstill.studies.costs import On
 from fedstill.studies.plan import short_names, slug
 from fedstill.studies.results import Group, Keys, RunData, in_words
@@ -43,10 +43,13 @@ class Gain:
         Refined minus fused accuracy.
     room : dict
         The best of the measured ensembles minus the fused model's accuracy, where ensembles were measured.
+    alike : bool
+        Whether the two of ``room`` were measured on the same samples. Older runs have the ensembles on a part alone.
     """
 
     given: Points
     room: Points
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,20 +212,23 @@ def gain(summary: Summary, on: On) -> Gain | None:
     """Return what the refinement of a group gave; None where nothing refines."""
     given: dict[int, list[float]] = {}
     room: dict[int, list[float]] = {}
+    alike = True
     for run in summary.group.whole.values():
         fused, refined = (accuracies(run.records, on, model) for model in ("fused", "refined"))
-        ensembles = _best_ensembles(run, on)
+        ensembles = _ensembles(run, on)
         for round in refined.keys() & fused.keys():
             given.setdefault(round, []).append(refined[round] - fused[round])
-            if round in ensembles:
-                room.setdefault(round, []).append(ensembles[round] - fused[round])
-    return Gain(_over_seeds(given), _over_seeds(room)) if given else None
+            if found := ensembles.get(round):
+                start = found.get("fused", fused[round])
+                room.setdefault(round, []).append(max(found[kind] for kind in ENSEMBLES if kind in found) - start)
+                alike &= "fused" in found
+    return Gain(_over_seeds(given), _over_seeds(room), alike) if given else None
 
 
-def _best_ensembles(run: RunData, on: On) -> dict[int, float]:
+def _ensembles(run: RunData, on: On) -> dict[int, dict[str, float]]:
     if on != ("test" if "test" in run.config.eval.on else "validation"):  # where ensembles are measured
         return {}
-    return {int(record["round"]): max(found.values()) for record in run.records if (found := record.get("ensembles"))}
+    return {int(record["round"]): found for record in run.records if (found := record.get("ensembles"))}
 
 
 def over_base(summary: Summary, table: ComparisonTable, on: On) -> Points:

@@ -163,7 +163,7 @@ def _result(content: Content) -> str:
             [_with_dot(content, summary, escape(cells[0])), *map(escape, cells[1:])]
             for summary, cells in zip(block.table.summaries, sheet.rows, strict=True)
         ]
-        said = words.verdict(block)
+        said = words.verdict(block, content.comparison.on)
         found += [_heading(block), _list(said) if said else ""]
         results = table([escape(name) for name in sheet.header], rows, stressed=sheet.best)
         found += [f'<div class="results">{results}</div>', _notes(block.sheet.notes)]
@@ -334,9 +334,10 @@ def _refinement(place: Place) -> Iterator[str]:
         caption += place.spread("Mean over seeds; band: one standard deviation.")
         if any(own.room for _, own in found.values()):
             samples = max(run.config.eval.ensemble_samples for run in place.block.runs)
+            both = ", as the fused model it is compared with" if all(own.alike for _, own in found.values()) else ""
             caption += (
                 " Dashed: what the best of the cohort's ensembles would have given, in the rounds in which they were "
-                f"measured, on at most {samples:,} samples."
+                f"measured, on at most {samples:,} samples{both}."
             )
         yield _panels(place, "refinement", found, "points above the fused model", "Refined minus fused", caption)
 

@@ -11,8 +11,9 @@ from typing import Any
 from fedstill.config import flat
 from fedstill.data import list_protocols
 from fedstill.methods.registry import list_methods
-from fedstill.report.html.content import Block, Content, class_counts
-from fedstill.studies.compare import ENSEMBLES, Summary
+from fedstill.report.html.content import Block, Content, class_counts, gain
+from fedstill.studies.compare import Summary
+from fedstill.studies.costs import On
 from fedstill.studies.results import RunData
 from fedstill.studies.tables import MANY, named, points
 
@@ -122,7 +123,7 @@ def _seeds(content: Content) -> str:
 # What came out
 
 
-def verdict(block: Block) -> list[str]:
+def verdict(block: Block, on: On) -> list[str]:
     """Return what a table says, in sentences made of its own numbers."""
     said = []
     ranked = [one for one in block.shown if one.quantities["final"].n == len(one.group.seeds)]
@@ -133,7 +134,7 @@ def verdict(block: Block) -> list[str]:
         said.append(f"After the last round, {' and '.join(names)} {verb}, with {100 * best:.1f} %.")
     for when, quantity in (("After the last round", "final"), ("In the mean of all rounds", "mean")):
         said += _differences(block.shown, when, quantity)
-    said += _ceiling(block.shown)
+    said += _ceiling(block.shown, on)
     return said
 
 
@@ -157,13 +158,13 @@ def _differences(summaries: Sequence[Summary], when: str, quantity: str) -> list
     return [f"{when}, 95 % interval of the difference from {against}. {told}"] if told else []
 
 
-def _ceiling(summaries: Sequence[Summary]) -> list[str]:
+def _ceiling(summaries: Sequence[Summary], on: On) -> list[str]:
     """Return how far refined models stay from the best of their ensembles, at the end."""
     rooms = {}
     for summary in summaries:
-        ends = [summary.quantities[name].mean for kind in ENSEMBLES if (name := f"{kind}_last") in summary.quantities]
-        if ends and (refined := summary.quantities.get("refined_last")) is not None:
-            rooms[summary.label] = 100 * (max(ends) - refined.mean)
+        if (found := gain(summary, on)) is not None and found.room:
+            last = max(found.room)
+            rooms[summary.label] = 100 * (found.room[last].mean - found.given[last].mean)
     if not rooms:
         return []
     where = "At the last measured round, beside the best ensemble of its cohort,"
