@@ -1,6 +1,6 @@
 """What the server's distillation costs: its seconds over those of the round's local training, and its passes.
 
-    FEDSTILL_DATA=... python benchmarks/distillation.py [--stems imagenet cifar] [--device cuda]
+    FEDSTILL_DATA=... python benchmarks/distillation.py [--stems imagenet cifar] [--device cuda [--cuda-graphs]]
                                                         [--local-steps 5] [--iterations 2]
 
 The paper's setting: 10 clients with 500 samples each train for 5 epochs of batch 50 (500 steps in all); then FedFTG
@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ class Round:
         """Refine the fused model in a mode: stack the teachers, make the generator, run the iterations."""
         info = self.made.architectures[0].info
         context = self.made.context(self.state.round, info, self.uploads)
+        if teachers is not None:  # a replay passes no hook
+            context = replace(context, cuda_graphs=False)
         with intra_op_threads(self.made.config.execution.server_threads):
             ensemble = teachers or self.made.teachers(self.uploads)
             assert ensemble is not None
@@ -241,6 +244,8 @@ def main() -> None:
     parser.add_argument("--cuda-graphs", action="store_true", help="record and replay the server's step")
     parser.add_argument("--executor", choices=("serial", "threads", "vectorized"), default="threads")
     keys = parser.parse_args()
+    if keys.iterations is not None and (keys.iterations < 1 or keys.cuda_graphs):
+        parser.error("--iterations is at least 1, and not with --cuda-graphs, whose recording is done once")
     if keys.smoke:
         keys.rounds, keys.warmup, keys.clients, keys.local_steps, keys.stems = 1, 0, 2, 2, keys.stems[:1]
         keys.threads, keys.iterations = 1, 2
@@ -249,9 +254,10 @@ def main() -> None:
     found = [run(stem, keys) for stem in keys.stems]
     result = {"benchmark": "distillation", "machine": before, "stems": found}
     columns = ["work", "seconds", "over the training (range)", *KINDS, "units", "units over the training's"]
+    timed = f"at most {keys.iterations}" if keys.iterations else "all"
     title = (
         f"{keys.clients} clients, {FULL_STEPS} steps each (timed: {keys.local_steps}); a refinement's own iterations "
-        f"(timed: {keys.iterations or 'all'}); {keys.device}, {keys.executor}; medians; passes in batches of 50"
+        f"(timed: {timed}); {keys.device}, {keys.executor}; medians; passes in batches of 50"
     )
     report(
         result,

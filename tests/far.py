@@ -133,9 +133,11 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     if here is not None and here.recording is not None and (on_far or waits):
-        draws = any(isinstance(leaf, torch._C.Generator) for leaf in leaves)
-        if waits or draws:
-            raise RefusedInAGraph(f"{func} {'draws random numbers' if draws else 'makes the host wait'}")
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        copies = any(not isinstance(one, FarTensor) and one.dim() for one in tensors)
+        if waits or draws or copies:
+            why = "draws random numbers" if draws else "makes the host wait" if waits else "copies from the host"
+            raise RefusedInAGraph(f"{func} {why}")
         found = here.recording.record(func, near(args), near(kwargs))
     else:
         found = func(*near(args), **near(kwargs))
@@ -188,6 +190,8 @@ class FarGraph:
         device.recording = self
         try:
             yield
+        except Exception as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
         finally:
             device.recording = None
             for tensor, storage in self.before.values():

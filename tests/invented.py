@@ -61,6 +61,7 @@ def record(config: Config, round: int, level: float) -> dict[str, Any]:
         refined = fused + 0.1 / round
         losses = {"student_loss": 1 / round, "generator_cls": 0.5 / round, "generator_md": 0.0, "label_accuracy": 0.9}
         line |= {"refined": scores(refined), "ensembles": {"uniform": refined + 0.01, "class_weighted": refined + 0.03}}
+        line["ensembles"]["fused"] = fused
         line["refinement"] = {config.method.split("+")[1]: losses}
         line["seconds"]["refine"] = 3.0
     return line

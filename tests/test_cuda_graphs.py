@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from far import FAR, FarGraph, RefusedInAGraph, far_device
+from fedstill.build import build
 from fedstill.distill.graphs import Recorder
 from fedstill.distill.log import Log
 from fedstill.errors import InputError, RunError
@@ -18,7 +21,7 @@ from small import flat, play, small, untimed
 CNN = ["model.name=cnn", "model.width=4", "model.norm=bn"]
 CASES: dict[str, tuple[list[str], int]] = {
     "paper": ([], 4),
-    "code": (["fedftg.mode=code", "fedftg.freeze_unused_biases=true"], 4),
+    "code": (["fedftg.mode=code"], 4),
     "tuned": (["fedftg.mode=tuned"], 4),
     "a new z per step": (["fedftg.noise_per=step"], 4),
     "statistics": (["fedftg.lambda_bn=0.1", *CNN], 4),
@@ -61,7 +64,7 @@ def test_what_is_replayed_is_what_is_computed(case: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("case", CASES)
 def test_the_numbers_are_the_usual_ones(case: str) -> None:
     """Adam on the device has other last bits, which later rounds make larger."""
-    keys, _ = CASES[case]
+    keys = [*CASES[case][0], "fedftg.freeze_unused_biases=true"]  # other biases follow rounding noise
     usual, records, none = played(*keys, rounds=1)
     replayed, again, _ = played(*keys, GRAPHS, rounds=1)
     assert not none
@@ -127,7 +130,44 @@ def test_the_stand_in_refuses_and_spoils_what_a_graph_would() -> None:
             recorded(lambda x: (x + torch.rand(2, generator=stream, device=FAR),), *calls)
         with pytest.raises(RunError, match=r"execution\.cuda_graphs: .* makes the host wait"):
             recorded(lambda x: (x * float(x.sum()),), *calls)
+        with pytest.raises(RunError, match=r"execution\.cuda_graphs: .* draws random numbers"):
+            recorded(lambda x: (torch.rand_like(x),), *calls)
+        for copied in (lambda x: (x[torch.tensor([0, 1])],), lambda x: (x + torch.ones(2).to(FAR, non_blocking=True),)):
+            with pytest.raises(RunError, match=r"execution\.cuda_graphs: .* copies from the host"):
+                recorded(copied, *calls)
         assert issubclass(RefusedInAGraph, RuntimeError)
+
+
+def test_a_student_with_dropout_steps_unrecorded() -> None:
+    *_, graphs = played('model={name="fedmd-femnist-0"}', GRAPHS, rounds=1)
+    assert sorted(graph.replays for graph in graphs) == [3, 3, 3]
+    *_, graphs = played('model={name="fedmd-femnist-0"}', "fedftg.student_norm=eval", GRAPHS, rounds=1)
+    assert sorted(graph.replays for graph in graphs) == [3, 3, 3, 19]
+
+
+def test_graphs_are_gone_with_their_refinement() -> None:
+    """One that is left to the garbage collector may be destroyed while another is recorded."""
+    gc.collect()
+    gc.disable()
+    try:
+        with far_device() as device:
+            play("method=fedavg+fedftg", "fedftg.iterations=4", "execution.device=cuda", GRAPHS)
+            left = [weakref.ref(graph) for graph in device.graphs]
+            device.graphs.clear()
+            assert len(left) == 8
+            assert not any(graph() for graph in left)
+    finally:
+        gc.enable()
+
+
+def test_nothing_to_record_is_said() -> None:
+    with far_device():
+        _, said = build(small("method=fedavg", "execution.device=cuda", GRAPHS))
+        assert [note for note in said if "execution.cuda_graphs" in note] == [
+            "execution.cuda_graphs: fedavg has no server step that is recorded, only FedFTG has"
+        ]
+        _, said = build(small("method=fedavg+fedftg", "execution.device=cuda", GRAPHS))
+        assert not [note for note in said if "execution.cuda_graphs" in note]
 
 
 def test_a_cpu_has_no_graphs() -> None:

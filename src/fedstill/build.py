@@ -33,6 +33,7 @@ from fedstill.execution.choices import (
 )
 from fedstill.federation import Architecture, Federation
 from fedstill.methods.base import FederationInfo, LocalObjective, Method
+from fedstill.methods.fedftg import FedFTG
 from fedstill.methods.registry import compose
 from fedstill.methods.scaffold import ScaffoldObjective, fixed_steps
 from fedstill.models import Stateless, batch_norms, build_model, check_width, find_head, split_state
@@ -67,7 +68,7 @@ def build(config: Config) -> tuple[Federation, list[str]]:
     for model in models:
         model.module.to(device)
     config, doubt = with_possible_executor(config, method.objective, models, data.shape)
-    said += doubt + doubts_of_measuring(config, data)
+    said += doubt + doubts_of_measuring(config, data) + doubts_of_graphs(config, method)
     architectures = tuple(replace(one, initial=one.initial.to(device)) for one in architectures)
     config = with_memory_format(with_client_states(config, architectures, device), models)
     set_products_of_float32(config)
@@ -327,6 +328,13 @@ def doubts_of_measuring(config: Config, data: Data) -> list[str]:
         "clients are measured on the samples by which refinements are accepted, which flatters the refined model: "
         "set data.client_test"
     ]
+
+
+def doubts_of_graphs(config: Config, method: Method) -> list[str]:
+    """Return a note where graphs are asked for and nothing would be recorded."""
+    if not config.execution.cuda_graphs or any(isinstance(part, FedFTG) for part in method.refinements):
+        return []
+    return [f"execution.cuda_graphs: {config.method} has no server step that is recorded, only FedFTG has"]
 
 
 def check_held_out(config: Config, method: Method, data: Data) -> None:

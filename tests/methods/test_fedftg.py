@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fedstill.conformance.replays.tiny import TinyCNN
 from fedstill.data.dataset import Samples
 from fedstill.distill import losses
+from fedstill.distill.graphs import Recorder
 from fedstill.distill.inputs import NoiseInputs, RealInputs, StreamDraws, initial_generator
 from fedstill.distill.labels import draw_labels, stratified_counts
-from fedstill.distill.loop import Distillation, generated
+from fedstill.distill.loop import Distillation, Pieces, generated
 from fedstill.distill.teachers import StackedTeachers
 from fedstill.distill.weighting import class_shares, mixture, sample_weights
 from fedstill.errors import InputError
@@ -242,6 +243,10 @@ def scene(norm: bool = True, **keys: object) -> Distillation:
     )
 
 
+def as_they_are(run: Distillation) -> Pieces:
+    return run.pieces(Recorder(False, run.log))
+
+
 def snapshot(tensors: Tensors) -> Tensors:
     return {name: value.detach().clone() for name, value in tensors.items()}
 
@@ -296,7 +301,7 @@ def test_the_generator_phase_changes_the_generator_alone(mode: str) -> None:
 def test_the_student_phase_changes_the_student_alone(mode: str, generator_norm: str, student_norm: str) -> None:
     run = scene(mode=mode, generator_norm=generator_norm, student_norm=student_norm)
     before = Everything.of(run)
-    run.student_phase(0, run.draws.noise(0, 0), run.draws.labels(0))
+    run.student_phase(0, run.draws.noise(0, 0), run.draws.labels(0), as_they_are(run))
     after = Everything.of(run)
     assert changed(before.student, after.student) == set(before.student)
     moved = set(before.student_buffers) if student_norm == "train" else set()
@@ -357,7 +362,7 @@ def test_the_student_step_is_sgd_with_decay_and_lr_factor() -> None:
     t = run.teachers.logits(x).softmax(-1)
     loss = (class_shares(COUNTS)[:, y] * (s - t).square().sum(-1)).sum(0).mean() / 4
     loss.backward()
-    run.student_phase(0, z, y)
+    run.student_phase(0, z, y, as_they_are(run))
     for name, value in params.items():
         torch.testing.assert_close(run.student.params[name], before[name] - 0.05 * (value.grad + 0.5 * before[name]))
 

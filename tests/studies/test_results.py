@@ -18,7 +18,11 @@ from small import small
 SHARED = {"final", "best", "last_mean", "mean", "seconds", "megabytes", "seconds_per_round", "megabytes_per_round"}
 SHARED |= {"fused_first", "fused_last"}
 REFINED = {"refined_first", "refined_last"}
-CEILINGS = {f"{kind}_{when}" for kind in ("uniform", "logits", "class_weighted") for when in ("first", "last")}
+CEILINGS = {
+    f"{kind}_{when}"
+    for kind in ("uniform", "logits", "class_weighted", "beside_ensembles")
+    for when in ("first", "last")
+}
 MIX, MODELS, HELD = "worst_decile_label_mix", "worst_decile_own_models", "worst_decile_own_samples"
 PUBLIC = ["public.name=digits", "public.samples=60"]
 SHAPES = {

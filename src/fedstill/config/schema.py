@@ -187,8 +187,8 @@ class ExecutionSettings(Settings):
     """Let torch.compile make `vectorized`'s step, which pays for small models: some 20 seconds at the start, and on a
     CPU a C++ compiler. Moves the last bits."""
     cuda_graphs: bool = False
-    """Record FedFTG's server step as CUDA graphs in each round's first iteration and replay them in the others: for
-    small models on a GPU. Moves the last bits."""
+    """Record FedFTG's server step as CUDA graphs in each round's first two iterations and replay them in the others:
+    for small models on a GPU. Moves the last bits."""
     intra_op_threads: int = Field(1, ge=1, le=1024)
     """Threads inside an operation while a client trains; bits are promised for equal values."""
     server_threads: int = Field(1, ge=1, le=1024)

@@ -6,9 +6,11 @@ at once: the same kernels, on the same memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ no random numbers, and the host waits for none of its values."""
 
 @dataclass
 class Recorder:
-    """Makes pieces of one refinement that are recorded, on a stream of their own.
+    """Makes pieces of one refinement that are recorded.
 
     Parameters
     ----------
@@ -35,20 +37,18 @@ class Recorder:
 
     on: bool
     log: Log
-    stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run what is in the block on the stream: a graph may not be recorded on the default one."""
+        """Run what is in the block on another stream: a graph may not be recorded on the default one."""
         if not self.on:
             yield
             return
-        outside = torch.cuda.current_stream()
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
+        outside, inside = torch.cuda.current_stream(), recording_stream()
+        inside.wait_stream(outside)
+        with torch.cuda.stream(inside):
             yield
-        outside.wait_stream(self.stream)
+        outside.wait_stream(inside)
 
     def of(self, piece: Piece) -> Piece:
         """Return a piece that is recorded at its second call; a first one lets libraries and optimisers get ready."""
@@ -71,7 +71,9 @@ class Recorded:
         """Run the piece."""
         if not self.ready:
             self.ready = True
-            return self.piece(*given)
+            with warnings.catch_warnings():  # of an optimiser that can be recorded and, this time, is not
+                warnings.filterwarnings("ignore", ".*capturable=True")
+                return self.piece(*given)
         if self.graph is None:
             self.graph = self._record(given)
         for own, value in zip(self.given, given, strict=True):
@@ -87,11 +89,24 @@ class Recorded:
         self.given = [value.clone() for value in given]
         graph = torch.cuda.CUDAGraph()
         try:
-            with self.recorder.log.into(self.noted), torch.cuda.graph(graph, stream=self.recorder.stream):
+            with self.recorder.log.into(self.noted), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self.found = self.piece(*self.given)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = reason_of(error)
             raise RunError(
-                f"execution.cuda_graphs: the server's step cannot be recorded ({reason}); leave the key out"
+                f"execution.cuda_graphs: the server's step cannot be recorded ({reason}); start anew without it"
             ) from error
         return graph
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what came first: that a recording was broken off is said on top of why."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@cache
+def recording_stream() -> torch.cuda.Stream:
+    """Return the one stream on which graphs are recorded; each would keep working memory of its own."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

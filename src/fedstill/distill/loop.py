@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from fedstill.distill.labels import LabelSampling
 from fedstill.distill.log import Log
 from fedstill.distill.teachers import Teachers
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture, sample_weights
+from fedstill.models.randomness import draws_random_numbers
 from fedstill.models.stateless import Stateless
 from fedstill.settings import ModedSettings
 from fedstill.training import SGD, gradients
@@ -92,12 +93,20 @@ class DistillationSettings(ModedSettings):
     """Keep the generator's biases whose true gradient is zero from following rounding noise (reproducibility)."""
 
 
+class Pieces(NamedTuple):
+    """The parts of an iteration, each as it is or recorded."""
+
+    generator_step: Piece
+    batch: Piece
+    answers: Piece
+    student_step: Piece
+
+
 @dataclass
 class Distillation:
     """One refinement under way: student, teachers, inputs and optimisers.
 
-    With ``cuda_graphs`` its pieces are recorded and replayed; where inputs are not generated, all but the drawing of
-    these.
+    With ``cuda_graphs`` :meth:`run` records what draws no random numbers, and replays it.
     """
 
     settings: DistillationSettings
@@ -123,25 +132,34 @@ class Distillation:
             learnt = [value for name, value in self.generator.named_parameters() if name not in idle]
             rate, decay = keys.lr_generator * self.lr_factor, keys.weight_decay_generator
             self.adam = torch.optim.Adam(learnt, lr=rate, weight_decay=decay, capturable=self.cuda_graphs)
-        recorder = Recorder(self.cuda_graphs, self.log)
-        self.running = recorder.running
-        self.learn, self.ask = recorder.of(self.generator_step), recorder.of(self.answers)
-        self.step = recorder.of(self.student_step)
-        self.batch: Piece = self.inputs.batch
-        if isinstance(self.inputs, GeneratedInputs):
-            self.batch = recorder.of(self.inputs.batch)
 
     def run(self) -> Weights:
         """Run all iterations and return the student."""
-        with self.running():
+        recorder = Recorder(self.cuda_graphs, self.log)
+        with recorder.running():
+            pieces = self.pieces(recorder)
             for iteration in range(self.settings.iterations):
                 labels = self.draws.labels(iteration)
                 noise = self.draws.noise(iteration, 0)
                 if self.generator is not None:
                     for _ in range(self.settings.generator_steps):
-                        self.learn(noise, labels)
-                self.student_phase(iteration, noise, labels)
+                        pieces.generator_step(noise, labels)
+                self.student_phase(iteration, noise, labels, pieces)
         return self.student
+
+    def pieces(self, recorder: Recorder) -> Pieces:
+        """Return the parts of an iteration, recorded where they draw no random numbers.
+
+        Not kept here: they refer to this object, and what they record holds a GPU's memory until they are gone.
+        """
+        generated = isinstance(self.inputs, GeneratedInputs)
+        draws = self.settings.student_norm == "train" and draws_random_numbers(self.model.module)
+        return Pieces(
+            recorder.of(self.generator_step),
+            recorder.of(self.inputs.batch) if generated else self.inputs.batch,
+            recorder.of(self.answers),
+            self.student_step if draws else recorder.of(self.student_step),
+        )
 
     def generator_step(self, noise: Tensor, labels: Tensor) -> tuple[()]:
         """Let the generator take one step, or one for each teacher in turn."""
@@ -185,15 +203,15 @@ class Distillation:
         loss.backward()  # type: ignore[no-untyped-call]
         self.adam.step()
 
-    def student_phase(self, iteration: int, noise: Tensor, labels: Tensor) -> None:
+    def student_phase(self, iteration: int, noise: Tensor, labels: Tensor, pieces: Pieces) -> None:
         """Let the student take its steps; one batch for all of them, or a new one each."""
         keys = self.settings
         for step in range(keys.student_steps):
             if step == 0 or keys.noise_per == "step":
                 fresh = noise if step == 0 else self.draws.noise(iteration, step)
-                x, y = self.batch(labels, fresh)
-                answers = self.ask(x, y)
-            self.step(x, *answers)
+                x, y = pieces.batch(labels, fresh)
+                answers = pieces.answers(x, y)
+            pieces.student_step(x, *answers)
 
     @torch.no_grad()
     def answers(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

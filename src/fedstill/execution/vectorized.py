@@ -25,8 +25,7 @@ from fedstill.errors import RunError
 from fedstill.execution.executors import Models, SerialExecutor, ThreadExecutor
 from fedstill.methods.base import LocalObjective, Turn
 from fedstill.models.anatomy import split_state
-from fedstill.models.layers import Dropout
-from fedstill.models.randomness import random_layers
+from fedstill.models.randomness import draws_random_numbers
 from fedstill.models.stateless import Stateless
 from fedstill.training import CLIP_EPSILON, Trained
 from fedstill.weights import State, Tensors, Weights
@@ -119,7 +118,7 @@ def why_not(objective: LocalObjective, model: Stateless, shape: tuple[int, ...])
     if type(objective).run is not LocalObjective.run:
         return "its clients do more than SGD on one loss"
     module = model.module
-    if random_layers(module) or any(isinstance(part, Dropout) for part in module.modules()):
+    if draws_random_numbers(module):
         return "layers of its model draw random numbers"
     params, buffers = (_repeated(part) for part in split_state(module))
     like = next(iter(params.values()))

@@ -26,6 +26,11 @@ def random_layers(module: nn.Module) -> list[str]:
     return sorted(found)
 
 
+def draws_random_numbers(module: nn.Module) -> bool:
+    """Say whether any layer of a model does in train mode, from whichever stream."""
+    return bool(random_layers(module)) or any(isinstance(part, Dropout) for part in module.modules())
+
+
 def own_stream(module: nn.Module) -> torch.Generator | None:
     """Return the generator that a model's Dropout layers share within :func:`layers_draw_from`; None without any."""
     return next((part.generator for part in module.modules() if isinstance(part, Dropout)), None)

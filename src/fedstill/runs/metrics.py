@@ -15,20 +15,22 @@ from fedstill.runs.checkpoint import manifests, round_of
 METRICS = "metrics.jsonl"
 
 
-class _Accuracy(BaseModel):
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Accuracy(_Part):
     accuracy: float
 
 
-class _Scores(BaseModel):
+class _Scores(_Part):
     test: _Accuracy | None = None
     validation: _Accuracy | None = None
     clients: _Accuracy | None = None
 
 
-class _Line(BaseModel):
+class _Line(_Part):
     """What a line must hold."""
-
-    model_config = ConfigDict(strict=True)
 
     round: int
     bytes: dict[str, dict[str, int]]

@@ -31,6 +31,7 @@ Figures = dict[str, float]
 
 LAST = 5
 ENSEMBLES = ("uniform", "logits", "class_weighted")
+BESIDE = "beside_ensembles"
 QUANTITIES = {
     "final": "after the last round",
     "best": "best round",
@@ -45,6 +46,8 @@ QUANTITIES = {
         for kind, what in (("fused", "model"), ("refined", "model"), *((kind, "ensemble") for kind in ENSEMBLES))
         for when in ("first", "last")
     },
+    f"{BESIDE}_first": "fused model, on the samples of the ensembles, first measured round",
+    f"{BESIDE}_last": "fused model, on the samples of the ensembles, last measured round",
     "worst_decile_own_samples": "worst tenth of clients, on their own held-out samples",
     "worst_decile_label_mix": "worst tenth of clients, test samples mixed like their labels",
     "worst_decile_own_models": "worst tenth of clients' own models, on all samples",
@@ -453,7 +456,8 @@ def _bounds(run: RunData, on: On) -> Figures:
     found = {kind: list(accuracies(run.records, on, kind).values()) for kind in ("fused", "refined")}
     if on == ("test" if "test" in run.config.eval.on else "validation"):  # where ensembles are measured
         measured = [record["ensembles"] for record in run.records if record.get("ensembles")]
-        found |= {kind: [one[kind] for one in measured if kind in one] for kind in ENSEMBLES}
+        kinds = {**{kind: kind for kind in ENSEMBLES}, BESIDE: "fused"}
+        found |= {name: [one[kind] for one in measured if kind in one] for name, kind in kinds.items()}
     ends = ((kind, values[0], values[-1]) for kind, values in found.items() if values)
     return {f"{kind}_{when}": value for kind, *both in ends for when, value in zip(("first", "last"), both)}
 

@@ -21,6 +21,7 @@ from fedstill.names import unknown
 from fedstill.runs.files import write_atomically
 from fedstill.studies.compare import (
     ACCURACIES,
+    BESIDE,
     DIFFERENCES,
     ENSEMBLES,
     QUANTITIES,
@@ -215,7 +216,8 @@ def _more(comparison: Comparison, table: ComparisonTable) -> Iterator[tuple[str,
         f"accuracy beside {base} at the same cost, mean over the rounds that end within its own",
         [_difference("equal_seconds", "same seconds"), _difference("equal_megabytes", "same MB")],
     )
-    for about, kinds in (("before and after refinement", ("fused", "refined")), ("ensembles", ENSEMBLES)):
+    bounds = {"before and after refinement": ("fused", "refined"), "ensembles": (*ENSEMBLES, BESIDE)}
+    for about, kinds in bounds.items():
         ends = [(kind, when) for kind in kinds for when in ("first", "last")]
         yield (
             f"{about}, first and last measured round",

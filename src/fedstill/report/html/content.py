@@ -218,10 +218,9 @@ def gain(summary: Summary, on: On) -> Gain | None:
         ensembles = _ensembles(run, on)
         for round in refined.keys() & fused.keys():
             given.setdefault(round, []).append(refined[round] - fused[round])
-            if found := ensembles.get(round):
-                start = found.get("fused", fused[round])
-                room.setdefault(round, []).append(max(found[kind] for kind in ENSEMBLES if kind in found) - start)
-                alike &= "fused" in found
+            if best := [ensembles[round][kind] for kind in ENSEMBLES if kind in ensembles.get(round, {})]:
+                room.setdefault(round, []).append(max(best) - ensembles[round].get("fused", fused[round]))
+                alike &= "fused" in ensembles[round]
     return Gain(_over_seeds(given), _over_seeds(room), alike) if given else None
 
 
