@@ -14,11 +14,14 @@ from fedstill import build, run
 from fedstill.adam import Adam
 from fedstill.client import ClientWork
 from fedstill.data.dataset import Samples
+from fedstill.distill.teachers import StackedTeachers
 from fedstill.errors import InputError
 from fedstill.evaluation import Parts, evaluate
 from fedstill.execution.executors import SerialExecutor, ThreadExecutor
 from fedstill.federation import Federation
-from fedstill.methods.base import LocalObjective
+from fedstill.methods.base import FederationInfo, LocalObjective, RoundContext
+from fedstill.methods.feddf import FedDF, FedDFSettings
+from fedstill.methods.fedftg import FedFTG, FedFTGSettings
 from fedstill.methods.fedmd import FedMDSettings, Learner, Lesson
 from fedstill.models import Stateless, build_model, split_state
 from fedstill.models.fedmd import fedmd_cnn
@@ -59,6 +62,63 @@ def test_the_layout_moves_nothing_but_the_last_bits(name: str, keys: dict[str, A
         found = {**other.params, **other.buffers}[name]
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
         assert found.stride() == torch.empty(value.shape).stride(), "what leaves a client has the usual layout"
+
+
+REFINEMENTS: dict[str, FedFTG | FedDF] = {
+    "paper": FedFTG(FedFTGSettings(iterations=3, generator_width=4, noise_dim=6, batch_size=8)),
+    "code": FedFTG(
+        FedFTGSettings(mode="code", iterations=3, generator_width=4, batch_size=8, freeze_unused_biases=True)
+    ),
+    "noise": FedFTG(FedFTGSettings(inputs="noise", iterations=3, batch_size=8)),
+    "feddf, unlabelled": FedDF(FedDFSettings(steps=4, batch_size=8, validate_every=2, patience=4)),
+    "feddf, data-free": FedDF(
+        FedDFSettings(inputs="generator", steps=3, generator_steps=3, generator_width=4, batch_size=8, patience=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("case", REFINEMENTS)
+def test_a_refinement_gives_the_same_in_both_layouts(case: str, channels: int) -> None:
+    stream = torch.Generator().manual_seed(7)
+    shape = (channels, 16, 16)
+    modules = [
+        build_model("cnn", input_shape=shape, num_classes=4, generator=stream, width=4, norm="bn").double()
+        for _ in range(3)
+    ]
+    model, student, *others = Stateless(modules[0]), *(Weights(*split_state(module)) for module in modules)
+    teachers = StackedTeachers.of(model, others, torch.tensor([[9, 1, 0, 5], [0, 3, 7, 2]]))
+    public = Samples(torch.randn(20, *shape, dtype=torch.float64, generator=stream), torch.arange(20) % 4)
+    strides = set[tuple[int, ...]]()
+    found = []
+    for channels_last in (False, True):
+        strides.clear()
+        given = RoundContext(
+            0, FederationInfo((15, 12), 4, shape), public=public, validation=public, channels_last=channels_last
+        )
+        hook = (
+            modules[0]
+            .get_submodule("body.0")
+            .register_forward_pre_hook(lambda module, args: strides.add(args[0].stride()[1:]))
+        )
+        found.append(REFINEMENTS[case].refine(model, student, teachers, {}, given))
+        hook.remove()
+        assert strides == {(1, 16 * channels, channels) if channels_last else (16 * 16, 16, 1)}
+    for parts in ("params", "buffers"):
+        for name, value in getattr(found[0].weights, parts).items():
+            other = getattr(found[1].weights, parts)[name]
+            torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-9)
+            assert other.stride() == torch.empty(value.shape).stride()
+    for name, value in found[0].state.get("generator", {}).items():
+        torch.testing.assert_close(found[1].state["generator"][name], value, rtol=1e-9, atol=1e-9)
+    assert found[0].metrics == pytest.approx(found[1].metrics, rel=1e-9)
+
+
+def test_the_layout_reaches_the_server_step() -> None:
+    federation, _ = build(small("method=fedavg+fedftg", "model.name=cnn", "execution.memory_format=channels_last"))
+    assert federation.context(0, federation.info, []).channels_last
+    federation, _ = build(small("method=fedavg+fedftg", "model.name=cnn", "execution.memory_format=contiguous"))
+    assert not federation.context(0, federation.info, []).channels_last
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -322,8 +322,10 @@ class Federation:
         def stream(purpose: str) -> torch.Generator:
             return torch_stream(self.config.seed.train, purpose, round, device=self.device)
 
-        decay, graphs = self.config.local.lr_decay**round, self.config.execution.cuda_graphs
-        return RoundContext(round, info, decay, stream, self.device, self.public, self.validation, real, graphs)
+        return RoundContext(
+            round, info, self.config.local.lr_decay**round, stream, self.device, self.public, self.validation, real,
+            self.config.execution.cuda_graphs, self.config.execution.memory_format == "channels_last",
+        )  # fmt: skip
 
     def needs_teachers(self, round: int) -> bool:
         """Say whether a round's uploads are looked at as an ensemble: to refine, or to measure it."""

@@ -304,7 +304,7 @@ def phase(**keys: object) -> Traced:
 def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[float]) -> list[float]:
     """Let the validation accuracies be these, in turn; return what is left of them."""
     left = list(accuracies)
-    monkeypatch.setattr(feddf, "evaluate", lambda *_: SimpleNamespace(accuracy=left.pop(0)))
+    monkeypatch.setattr(feddf, "evaluate", lambda *_, **__: SimpleNamespace(accuracy=left.pop(0)))
     return left
 
 

@@ -196,9 +196,9 @@ class ExecutionSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """How images and convolution kernels lie in memory while clients train one at a time and models are measured;
-    auto: channels_last on a CPU where a model has convolutions and poolings, and no more GroupNorms, which are slow
-    then, than poolings. Moves the last bits."""
+    """How images and convolution kernels lie in memory while clients train one at a time, the server refines and
+    models are measured; auto: channels_last on a CPU where a model has convolutions and poolings, and no more
+    GroupNorms, which are slow then, than poolings. Moves the last bits."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """What clients compute in: float32; on a GPU with products in tf32; or bf16 products with float32 weights."""
     client_states: Literal["auto", "memory", "disk"] = "auto"

@@ -24,6 +24,7 @@ from fedstill.distill.labels import LabelSampling
 from fedstill.distill.log import Log
 from fedstill.distill.teachers import Teachers
 from fedstill.distill.weighting import TeacherWeights, class_shares, mixture, sample_weights
+from fedstill.models.layout import channels_innermost, channels_outermost, layout_of
 from fedstill.models.randomness import draws_random_numbers
 from fedstill.models.stateless import Stateless
 from fedstill.settings import ModedSettings
@@ -106,7 +107,8 @@ class Pieces(NamedTuple):
 class Distillation:
     """One refinement under way: student, teachers, inputs and optimisers.
 
-    With ``cuda_graphs`` :meth:`run` records what draws no random numbers, and replays it.
+    With ``cuda_graphs`` :meth:`run` records what draws no random numbers, and replays it. With ``channels_last`` images
+    and kernels hold their channels innermost until the student is returned.
     """
 
     settings: DistillationSettings
@@ -118,16 +120,19 @@ class Distillation:
     generator: AnyGenerator | None
     lr_factor: float = 1.0
     cuda_graphs: bool = False
+    channels_last: bool = False
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
         keys = self.settings
-        self.student = self.student.clone()
+        self.student = self.student.map(layout_of(self.channels_last))
         like = next(iter(self.student.params.values()))
         self.shares = class_shares(self.teachers.counts, keys.share_epsilon).to(like.device)
         self.sgd = SGD(lr=keys.lr_student * self.lr_factor, weight_decay=keys.weight_decay_student)
         self.adam: torch.optim.Adam | None = None
         if self.generator is not None:
+            if self.channels_last:
+                self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             idle = set(self.generator.biases_before_norm()) if keys.freeze_unused_biases else set()
             learnt = [value for name, value in self.generator.named_parameters() if name not in idle]
             rate, decay = keys.lr_generator * self.lr_factor, keys.weight_decay_generator
@@ -145,7 +150,7 @@ class Distillation:
                     for _ in range(self.settings.generator_steps):
                         pieces.generator_step(noise, labels)
                 self.student_phase(iteration, noise, labels, pieces)
-        return self.student
+        return self.student.map(channels_outermost) if self.channels_last else self.student
 
     def pieces(self, recorder: Recorder) -> Pieces:
         """Return the parts of an iteration, recorded where they draw no random numbers.
@@ -167,7 +172,7 @@ class Distillation:
         self.generator.train()
         turns = range(len(self.teachers)) if self.settings.generator_update == "per-teacher" else [None]
         for teacher in turns:
-            x = self.generator(noise, labels)
+            x = self.laid_out(self.generator(noise, labels))
             self._adam_step(self.generator_loss(x, noise, labels, teacher))
         return ()
 
@@ -210,8 +215,13 @@ class Distillation:
             if step == 0 or keys.noise_per == "step":
                 fresh = noise if step == 0 else self.draws.noise(iteration, step)
                 x, y = pieces.batch(labels, fresh)
+                x = self.laid_out(x)
                 answers = pieces.answers(x, y)
             pieces.student_step(x, *answers)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return inputs as the models are to read them from memory."""
+        return channels_innermost(x) if self.channels_last else x
 
     @torch.no_grad()
     def answers(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

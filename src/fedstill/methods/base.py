@@ -216,6 +216,8 @@ class RoundContext:
         The cohort's own data, in simulation only: the oracle's inputs.
     cuda_graphs : bool
         Whether a refinement may record its steps as CUDA graphs.
+    channels_last : bool
+        Whether it computes with the channels of images and kernels innermost.
     """
 
     round: int
@@ -227,6 +229,7 @@ class RoundContext:
     validation: Samples | None = None
     real: Samples | None = None
     cuda_graphs: bool = False
+    channels_last: bool = False
 
 
 class ServerFusion(Protocol):

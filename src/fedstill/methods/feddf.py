@@ -79,6 +79,7 @@ from fedstill.methods.refining import (
     inputs_without_generator,
     refine_modules,
 )
+from fedstill.models.layout import channels_innermost, channels_outermost, layout_of
 from fedstill.models.stateless import Stateless
 from fedstill.names import unknown
 from fedstill.settings import ModedSettings, none_as
@@ -219,6 +220,7 @@ class StudentPhase:
     draws: Draws
     lr_factor: float = 1.0
     validation: Samples | None = None
+    channels_last: bool = False
     weights: Tensor = field(init=False)
     best: Weights | None = None
     best_step: int = 0
@@ -227,7 +229,7 @@ class StudentPhase:
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
-        self.student = self.student.clone()
+        self.student = self.student.map(layout_of(self.channels_last))
         self.moments = Adam.start(self.student.params)
         counts = self.teachers.counts.sum(1).double()
         sizes = counts if self.settings.client_weights == "samples" else torch.ones_like(counts)
@@ -244,11 +246,13 @@ class StudentPhase:
                 self.validate()
                 if self.done - self.best_step >= keys.patience:
                     break
-        return self.student if self.best is None else self.best
+        found = self.student if self.best is None else self.best
+        return found.map(channels_outermost) if self.channels_last else found
 
     def step(self) -> None:
         """Let the student take one step on a new batch."""
         x, _ = self.inputs.batch(self.draws.labels(self.done), self.draws.noise(self.done, 0))
+        x = channels_innermost(x) if self.channels_last else x
         with torch.no_grad():
             logits = self.teachers.logits(x)
         with learning(self.student) as params:
@@ -283,7 +287,12 @@ class StudentPhase:
         """Measure the student; keep it where it is better than the best so far."""
         assert self.validation is not None
         score = evaluate(
-            self.model, self.student, self.validation, self.teachers.counts.shape[1], self.settings.batch_size
+            self.model,
+            self.student,
+            self.validation,
+            self.teachers.counts.shape[1],
+            self.settings.batch_size,
+            channels_last=self.channels_last,
         )
         if score.accuracy > self.accuracy:
             self.best, self.best_step, self.accuracy = self.student.clone(), self.done, score.accuracy
@@ -304,10 +313,14 @@ def generator_phase(
     generator: AnyGenerator,
     draws: Draws,
     lr_factor: float,
+    channels_last: bool = False,
 ) -> Distillation:
     """Let the generator take its steps on ``L_dis + mean_k CE(t_k, y)``; return what has run, with its log."""
     inputs = GeneratedInputs(generator, train_mode=False)
-    run = Distillation(settings.generator_phase(), model, student, teachers, inputs, draws, generator, lr_factor)
+    run = Distillation(
+        settings.generator_phase(), model, student, teachers, inputs, draws, generator, lr_factor,
+        channels_last=channels_last,
+    )  # fmt: skip
     extra = len(teachers) if settings.generator_forwards == "per-teacher" else 0
     for step in range(settings.generator_steps):
         labels, noise = draws.labels(step), draws.noise(step, 0)
@@ -417,7 +430,9 @@ class FedDF:
             inputs, kept, made = self._inputs(context, dtype), {}, {}
             nothing = torch.zeros(keys.batch_size, dtype=torch.int64, device=context.device).expand(keys.steps, -1)
             draws = StreamDraws(nothing, context.stream("feddf-noise"), 0, dtype)
-        phase = StudentPhase(keys, model, student, taught, inputs, draws, context.lr_factor, context.validation)
+        phase = StudentPhase(
+            keys, model, student, taught, inputs, draws, context.lr_factor, context.validation, context.channels_last
+        )
         weights = phase.run()
         return Refined(weights, kept, {**phase.metrics(), **made, **dropped})
 
@@ -524,10 +539,13 @@ class FedDF:
         labels, noise = context.stream("feddf-labels"), context.stream("feddf-noise")
 
         def draws(steps: int) -> StreamDraws:
-            drawn = draw_labels(keys.labels, teachers.counts, max(steps, 1), keys.batch_size, labels)
-            return StreamDraws(drawn, noise, keys.noise_dim, dtype)
+            all_labels = draw_labels(keys.labels, teachers.counts, max(steps, 1), keys.batch_size, labels)
+            return StreamDraws(all_labels, noise, keys.noise_dim, dtype)
 
-        run = generator_phase(keys, model, student, teachers, generator, draws(keys.generator_steps), context.lr_factor)
+        drawn = draws(keys.generator_steps)
+        run = generator_phase(
+            keys, model, student, teachers, generator, drawn, context.lr_factor, context.channels_last
+        )
         means = run.log.means()
         measured = {name: value for name, value in means.items() if name in ("generator_cls", "generator_dis")}
         inputs = GeneratedInputs(generator, train_mode=False)

@@ -226,8 +226,9 @@ class FedFTG:
         )
         draws = StreamDraws(labels, context.stream("distillation-noise"), keys.noise_dim, dtype)
         run = Distillation(
-            keys, model, student, teachers, inputs, draws, generator, context.lr_factor, context.cuda_graphs
-        )
+            keys, model, student, teachers, inputs, draws, generator,
+            context.lr_factor, context.cuda_graphs, context.channels_last,
+        )  # fmt: skip
         weights = run.run()
         kept = {"generator": module_state(generator)} if generator is not None else {}
         return Refined(weights, kept, run.log.means())
