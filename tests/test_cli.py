@@ -286,11 +286,15 @@ def test_every_command_that_is_stopped_says_so(command: Command, number: signal.
     def stop(*arguments: object, **more: object) -> None:
         signal.raise_signal(number)
 
-    before = signal.getsignal(number)
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    outside = signal.signal(number, usual)  # a background job ignores Ctrl-C
     command.monkeypatch.setattr("fedstill.report.html.write_report", stop)
-    told = command("report", "run")
-    assert (told.code, told.out, told.err) == (130, "", "stopped\n")
-    assert signal.getsignal(number) is before
+    try:
+        told = command("report", "run")
+        assert (told.code, told.out, told.err) == (130, "", "stopped\n")
+        assert signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, outside)
 
 
 IMPORTING = """

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedstill import presets, run
+from fedstill.config import load_config
 from fedstill.data import list_datasets, load_dataset, load_raw, split
 from fedstill.errors import InputError
 
@@ -67,7 +69,9 @@ def sums(folder: Path, name: str, arrays: Arrays) -> None:
 
 def test_every_source_is_listed_with_one_line() -> None:
     listed = dict(list_datasets())
-    assert list(listed) == ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_superclasses"]
+    assert list(listed) == [
+        "digits", "mnist", "fashion_mnist", "emnist_letters", "cifar10", "cifar100", "cifar100_superclasses"
+    ]  # fmt: skip
     assert all(summary and "\n" not in summary for summary in listed.values())
 
 
@@ -291,3 +295,22 @@ def test_real_data(name: str) -> None:
     assert len(raw.x_test) == 10_000
     assert first.x.mean(dim=(0, 2, 3)).abs().max() < 0.05
     assert (first.x.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def test_letters_and_the_preset_that_learns_them(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, classes in {"emnist_letters": 26, "mnist": 10}.items():
+        y = np.arange(8 * classes) % classes
+        x = np.tile(random.integers(0, 255, (classes, 28, 28), np.uint8), (8, 1, 1))
+        x_train = np.repeat(x, 5, 0)
+        np.savez_compressed(tmp_path / name, x_train=x_train, y_train=np.repeat(y, 5), x_test=x, y_test=y)
+    assert load_dataset("emnist_letters", tmp_path).class_names[10:16] == tuple("klmnop")
+    keys = [f"data.root={tmp_path}", f"public.root={tmp_path}", "public.samples=60", "fedmd.align_samples=20"]
+    keys += ["train.rounds=2", "fedmd.public_epochs=1", "fedmd.private_epochs=1", "execution.executor=serial"]
+    result = run(load_config(None, keys, presets.preset("fedmd-emnist")))
+    scores: Any = result.records[-1]["fused"]
+    assert len(scores["test"]["per_client"]) == 10
+    assert result.federation.info.num_classes == 10 + 6
+    counts = result.federation.partition.counts
+    assert counts.shape[0] == 10
+    assert (counts.sum(1) == 18).all()

@@ -103,6 +103,14 @@ _SOURCES: dict[str, Source] = {
         (0.2860,),
         (0.3530,),
     ),
+    "emnist_letters": Source(
+        "28x28 grey handwritten letters, 26 classes, 124,800 + 20,800 images; from a folder",
+        "https://www.nist.gov/itl/products-and-services/emnist-dataset",
+        (28, 28),
+        tuple("abcdefghijklmnopqrstuvwxyz"),
+        (0.1722,),
+        (0.3309,),
+    ),
     "cifar10": Source(
         "32x32 colour photographs, 10 classes, 50,000 + 10,000 images; from a folder",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
