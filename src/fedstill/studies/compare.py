@@ -454,12 +454,18 @@ def figures_of(run: RunData, on: On, last: int) -> Figures:
 def _bounds(run: RunData, on: On) -> Figures:
     """Return what a refinement starts from, gives, and lies below, in the first and the last measured round."""
     found = {kind: list(accuracies(run.records, on, kind).values()) for kind in ("fused", "refined")}
-    if on == ("test" if "test" in run.config.eval.on else "validation"):  # where ensembles are measured
-        measured = [record["ensembles"] for record in run.records if record.get("ensembles")]
-        kinds = {**{kind: kind for kind in ENSEMBLES}, BESIDE: "fused"}
-        found |= {name: [one[kind] for one in measured if kind in one] for name, kind in kinds.items()}
+    measured = ensembles_of(run, on).values()
+    kinds = {**{kind: kind for kind in ENSEMBLES}, BESIDE: "fused"}
+    found |= {name: [one[kind] for one in measured if kind in one] for name, kind in kinds.items()}
     ends = ((kind, values[0], values[-1]) for kind, values in found.items() if values)
     return {f"{kind}_{when}": value for kind, *both in ends for when, value in zip(("first", "last"), both)}
+
+
+def ensembles_of(run: RunData, on: On) -> dict[int, dict[str, float]]:
+    """Return by round what was measured of the cohort's ensembles; empty where that was on other samples."""
+    if on != ("test" if "test" in run.config.eval.on else "validation"):
+        return {}
+    return {int(record["round"]): found for record in run.records if (found := record.get("ensembles"))}
 
 
 def _last_scores(run: RunData) -> Record:

@@ -19,7 +19,16 @@ from fedstill.errors import InputError
 from fedstill.evaluation import Record
 from fedstill.experiment import accuracies
 from fedstill.report.html.style import Palette
-from fedstill.studies.compare import ENSEMBLES, LAST, Comparison, ComparisonTable, Summary, compare, figures_of
+from fedstill.studies.compare import (
+    ENSEMBLES,
+    LAST,
+    Comparison,
+    ComparisonTable,
+    Summary,
+    compare,
+    ensembles_of,
+    figures_of,
+)
 from fedstill.studies.costs import On
 from fedstill.studies.plan import short_names, slug
 from fedstill.studies.results import Group, Keys, RunData, in_words
@@ -215,19 +224,13 @@ def gain(summary: Summary, on: On) -> Gain | None:
     alike = True
     for run in summary.group.whole.values():
         fused, refined = (accuracies(run.records, on, model) for model in ("fused", "refined"))
-        ensembles = _ensembles(run, on)
+        ensembles = ensembles_of(run, on)
         for round in refined.keys() & fused.keys():
             given.setdefault(round, []).append(refined[round] - fused[round])
             if best := [ensembles[round][kind] for kind in ENSEMBLES if kind in ensembles.get(round, {})]:
                 room.setdefault(round, []).append(max(best) - ensembles[round].get("fused", fused[round]))
                 alike &= "fused" in ensembles[round]
     return Gain(_over_seeds(given), _over_seeds(room), alike) if given else None
-
-
-def _ensembles(run: RunData, on: On) -> dict[int, dict[str, float]]:
-    if on != ("test" if "test" in run.config.eval.on else "validation"):  # where ensembles are measured
-        return {}
-    return {int(record["round"]): found for record in run.records if (found := record.get("ensembles"))}
 
 
 def over_base(summary: Summary, table: ComparisonTable, on: On) -> Points:
